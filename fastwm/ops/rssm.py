@@ -1,0 +1,229 @@
+"""The recurrent state-space model of DreamerV3: one step, the posterior sequence, the rollout.
+
+Letters: B batch, T time, N rollouts, D deter, S latent groups, K classes, U hidden units,
+A action, E token width, G blocks (docs/conventions.md). The stem has no CUDA file yet: CUDA
+tensors take the same hoisted sequence written in PyTorch operations.
+
+One step, with ``a = action / max(1, |action|)`` (denominator detached)::
+
+    x0, x1, x2 = silu(rms(Linear(deter))), silu(rms(Linear(stoch))), silu(rms(Linear(a)))
+    h = [deter_g, x0, x1, x2] for every block g
+    h = silu(rms_D(BlockLinear(h)))                      # dynlayers times
+    r, c, u = BlockLinear(h), three parts inside every block
+    deter' = sigmoid(u - 1) * tanh(sigmoid(r) * c) + (1 - sigmoid(u - 1)) * deter
+
+Source: Hafner et al., "Mastering Diverse Domains through World Models" (the 2024 revision).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-4  # inside the root of every RMS norm
+
+
+class RSSMWeights(NamedTuple):
+    """All tensors of the model. A dense layer is ``(weight (out, in), bias, scale)``.
+
+    Block layers hold weights of shape ``(G, in/G, out/G)`` and a bias that is added after the
+    blocks are concatenated. ``scale`` is the gain of the RMS norm that follows; the two logit
+    layers and ``gru`` have none.
+    """
+
+    deter_in: tuple  # weight (U, D), bias (U), scale (U)
+    stoch_in: tuple  # weight (U, S*K), bias (U), scale (U)
+    action_in: tuple  # weight (U, A), bias (U), scale (U)
+    hidden: tuple  # dynlayers x (weight (G, D/G+3U), then (G, D/G, D/G); bias (D); scale (D))
+    gru: tuple  # weight (G, D/G, 3D/G), bias (3D)
+    post: tuple  # obslayers x (weight (U, D+E) then (U, U), bias (U), scale (U))
+    post_logit: tuple  # weight (S*K, U), bias (S*K)
+    prior: tuple  # imglayers x (weight (U, D) then (U, U), bias (U), scale (U))
+    prior_logit: tuple  # weight (S*K, U), bias (S*K)
+
+
+def _dense(x: Tensor, layer: tuple) -> Tensor:
+    weight, bias, scale = layer
+    return _activate(F.linear(x, weight, bias), scale)
+
+
+def _activate(x: Tensor, scale: Tensor) -> Tensor:
+    return F.silu(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * scale)
+
+
+def _blocks(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Block-diagonal layer. x (B, G, in/G), weight (G, in/G, out/G) -> (B, G*out/G)."""
+    return torch.einsum("bgi,gio->bgo", x, weight).flatten(-2) + bias
+
+
+def _mixed_probs(logits: Tensor, unimix: float) -> Tensor:
+    return (1.0 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
+
+
+def _sample(logits: Tensor, noise: Tensor | None, unimix: float) -> Tensor:
+    """Straight-through one-hot of logits (…, S, K); noise (…, S) uniform or None for the mode."""
+    probs = _mixed_probs(logits, unimix)
+    if noise is None:
+        index = logits.argmax(-1)
+    else:
+        below = probs.detach().cumsum(-1) <= noise.unsqueeze(-1)
+        index = below.sum(-1).clamp(max=logits.shape[-1] - 1)
+    hard = F.one_hot(index, logits.shape[-1]).to(probs.dtype)
+    return hard + (probs - probs.detach())
+
+
+def _mlp_logits(x: Tensor, layers: tuple, logit: tuple) -> Tensor:
+    for layer in layers:
+        x = _dense(x, layer)
+    return F.linear(x, *logit)
+
+
+def gru_step_ref(
+    weights: RSSMWeights,
+    deter: Tensor,  # (B, D)
+    stoch: Tensor,  # (B, S*K)
+    action: Tensor,  # (B, A)
+) -> Tensor:  # (B, D)
+    """Plain PyTorch form of `gru_step`."""
+    blocks = weights.gru[0].shape[0]
+    action = action / action.abs().clamp(min=1).detach()
+    parts = (
+        _dense(deter, weights.deter_in),
+        _dense(stoch, weights.stoch_in),
+        _dense(action, weights.action_in),
+    )
+    shared = torch.cat(parts, -1).unsqueeze(1).expand(-1, blocks, -1)
+    hidden = torch.cat([deter.unflatten(-1, (blocks, -1)), shared], -1)
+    for weight, bias, scale in weights.hidden:
+        hidden = _activate(_blocks(hidden, weight, bias), scale).unflatten(-1, (blocks, -1))
+    gates = _blocks(hidden, *weights.gru).unflatten(-1, (blocks, -1))
+    reset, cand, update = (part.flatten(-2) for part in gates.chunk(3, -1))
+    cand = torch.tanh(torch.sigmoid(reset) * cand)
+    update = torch.sigmoid(update - 1)
+    return update * cand + (1 - update) * deter
+
+
+def rssm_observe_ref(
+    weights: RSSMWeights,
+    deter: Tensor,  # (B, D)
+    stoch: Tensor,  # (B, S, K)
+    tokens: Tensor,  # (B, T, E)
+    prev_action: Tensor,  # (B, T, A)
+    is_first: Tensor,  # (B, T) bool
+    noise: Tensor | None = None,  # (B, T, S) uniform in [0, 1), or None for the mode
+    unimix: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (B, T, S, K), (B, T, S, K)
+    """Plain PyTorch form of `rssm_observe`: a loop over T, gradients by autograd."""
+    groups, classes = stoch.shape[-2:]
+    deters, logits, stochs = [], [], []
+    for t in range(tokens.shape[1]):
+        first = is_first[:, t, None]
+        deter = torch.where(first, 0.0, deter)
+        stoch = torch.where(first, 0.0, stoch.flatten(-2))
+        action = torch.where(first, 0.0, prev_action[:, t])
+        deter = gru_step_ref(weights, deter, stoch, action)
+        inputs = torch.cat([deter, tokens[:, t]], -1)
+        logit = _mlp_logits(inputs, weights.post, weights.post_logit)
+        logit = logit.unflatten(-1, (groups, classes))
+        stoch = _sample(logit, None if noise is None else noise[:, t], unimix)
+        deters.append(deter)
+        logits.append(logit)
+        stochs.append(stoch)
+    if not deters:
+        empty = tokens.new_zeros(len(tokens), 0, groups, classes)
+        return deter.new_zeros(len(tokens), 0, deter.shape[-1]), empty, empty.clone()
+    return torch.stack(deters, 1), torch.stack(logits, 1), torch.stack(stochs, 1)
+
+
+def rssm_prior_ref(weights: RSSMWeights, deter: Tensor, groups: int) -> Tensor:
+    """Plain PyTorch form of `rssm_prior`."""
+    return _mlp_logits(deter, weights.prior, weights.prior_logit).unflatten(-1, (groups, -1))
+
+
+@torch.no_grad()
+def rssm_imagine_ref(
+    weights: RSSMWeights,
+    deter: Tensor,  # (N, D)
+    stoch: Tensor,  # (N, S, K)
+    policy,
+    length: int,
+    noise: Tensor | None = None,  # (length, N, S)
+    unimix: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain PyTorch form of `rssm_imagine`."""
+    groups = stoch.shape[-2]
+    deters, stochs, actions = [deter], [stoch], [policy(deter, stoch)]
+    for step in range(length):
+        deter = gru_step_ref(weights, deter, stoch.flatten(-2), actions[-1])
+        logits = rssm_prior_ref(weights, deter, groups)
+        stoch = _sample(logits, None if noise is None else noise[step], unimix)
+        deters.append(deter)
+        stochs.append(stoch)
+        actions.append(policy(deter, stoch))
+    return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(actions, 1)
+
+
+def gru_step(
+    weights: RSSMWeights,
+    deter: Tensor,  # (B, D)
+    stoch: Tensor,  # (B, S*K)
+    action: Tensor,  # (B, A)
+) -> Tensor:  # (B, D)
+    """One block-diagonal GRU step, differentiable in the state, the action and the weights.
+
+    Formula: at the top of this module. Resets are the caller's.
+    """
+    return gru_step_ref(weights, deter, stoch, action)
+
+
+def rssm_observe(
+    weights: RSSMWeights,
+    deter: Tensor,  # (B, D) float32
+    stoch: Tensor,  # (B, S, K) float32
+    tokens: Tensor,  # (B, T, E) float32
+    prev_action: Tensor,  # (B, T, A) float32
+    is_first: Tensor,  # (B, T) bool
+    noise: Tensor | None = None,  # (B, T, S) float32
+    unimix: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole posterior sequence, samples and resets inside.
+
+    For every t: where ``is_first`` the deter, stoch and previous action are zeroed; then one GRU
+    step; then ``logits = MLP([deter, tokens])`` and a straight-through sample of
+    ``(1 - unimix) softmax(logits) + unimix / K``.
+
+    Args:
+        noise: uniform numbers in [0, 1), the inverse CDF gives the class; None takes the mode.
+        unimix: share of the uniform distribution in the probabilities that are sampled.
+
+    Returns:
+        deter (B, T, D); logits (B, T, S, K) raw, before the mixing; stoch (B, T, S, K) one-hot,
+        with the gradient of the mixed probabilities.
+    """
+    return rssm_observe_ref(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix)
+
+
+def rssm_prior(weights: RSSMWeights, deter: Tensor, groups: int) -> Tensor:
+    """Logits of the prior. deter (…, D) -> (…, S, K) with S = ``groups``, raw (no unimix)."""
+    return rssm_prior_ref(weights, deter, groups)
+
+
+def rssm_imagine(
+    weights: RSSMWeights,
+    deter: Tensor,  # (N, D)
+    stoch: Tensor,  # (N, S, K)
+    policy,
+    length: int,
+    noise: Tensor | None = None,  # (length, N, S) uniform in [0, 1), or None for the mode
+    unimix: float = 0.01,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Roll the prior forward under a policy, without gradient.
+
+    ``policy(deter (N, D), stoch (N, S, K)) -> action (N, A)`` is called at every state, the last
+    one included. State 0 is the start.
+
+    Returns:
+        deter (N, length+1, D), stoch (N, length+1, S, K), action (N, length+1, A).
+    """
+    return rssm_imagine_ref(weights, deter, stoch, policy, length, noise, unimix)
