@@ -1,0 +1,1 @@
+"""Presets: TOML files that hold only differences from the defaults in `fastwm.config`."""
