@@ -1,0 +1,85 @@
+"""Nearest-neighbour upsampling by two followed by a 5x5 SAME convolution, without upsampling.
+
+Each of the four output phases (row parity, column parity) of that pair sees only 3x3 distinct
+input pixels, so the pair equals one 3x3 convolution to four times the channels and a pixel
+shuffle: 2.8 times fewer multiplications, a quarter of the input bytes, the same result.
+No compiled file belongs to this stem: the convolution is the library's, on every device.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["upsample_conv2d", "upsample_conv2d_ref"]
+
+# _TAPS[phase][d] lists the taps u of the 5-wide kernel that fall on input pixel i - 1 + d:
+# output row 2i + phase reads upsampled rows 2i + phase + u - 2, which is input row
+# i + floor((phase + u - 2) / 2).
+_TAPS = (((0, 1), (2, 3), (4,)), ((0,), (1, 2), (3, 4)))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dim() != 4:
+        raise ValueError(
+            f"upsample_conv2d: expected x of shape (N, C, H, W), got {tuple(x.shape)}"
+        )
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 5, 5):
+        raise ValueError(
+            f"upsample_conv2d: expected weight of shape (C', C, 5, 5) = "
+            f"(C', {x.shape[1]}, 5, 5), got {tuple(weight.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(
+            f"upsample_conv2d: expected bias of shape (C',) = ({weight.shape[0]},), "
+            f"got {tuple(bias.shape)}"
+        )
+
+
+def upsample_conv2d_ref(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C', C, 5, 5)
+    bias: Tensor | None = None,  # (C',)
+) -> Tensor:  # (N, C', 2H, 2W)
+    """`upsample_conv2d` said literally: upsample, then convolve."""
+    _check(x, weight, bias)
+    return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=2)
+
+
+def _phase_map(like: Tensor) -> Tensor:  # (2, 3, 5)
+    """1 where tap u of phase a falls on input offset d."""
+    rows = [[[float(u in taps) for u in range(5)] for taps in phase] for phase in _TAPS]
+    return torch.tensor(rows, dtype=like.dtype, device=like.device)
+
+
+def phase_weight(weight: Tensor) -> Tensor:  # (C', C, 5, 5) -> (4C', C, 3, 3)
+    """The 3x3 kernels of the four phases, ordered as `pixel_shuffle` wants them."""
+    fold = _phase_map(weight)
+    phases = torch.einsum("adu,bev,ocuv->oabcde", fold, fold, weight)
+    return phases.reshape(4 * weight.shape[0], weight.shape[1], 3, 3)
+
+
+def upsample_conv2d(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C', C, 5, 5)
+    bias: Tensor | None = None,  # (C',)
+) -> Tensor:  # (N, C', 2H, 2W)
+    """Nearest-neighbour upsampling by two, then a 5x5 convolution with SAME zero padding.
+
+    Args:
+        x: (N, C, H, W), contiguous or channels_last.
+        weight: (C', C, 5, 5).
+        bias: (C',) or None.
+    Returns:
+        (N, C', 2H, 2W) in the type of the inputs. Gradient: x, weight, bias.
+    Raises:
+        ValueError: shapes that do not fit.
+    Equivalent to:
+        F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=2)
+    """
+    _check(x, weight, bias)
+    if x.shape[0] == 0:  # the library's pixel_shuffle has no gradient for empty batches
+        return upsample_conv2d_ref(x, weight, bias)
+    phase_bias = None if bias is None else bias.repeat_interleave(4)
+    return F.pixel_shuffle(F.conv2d(x, phase_weight(weight), phase_bias, padding=1), 2)
