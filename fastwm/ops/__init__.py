@@ -1,5 +1,10 @@
-"""The public kernels of fastwm: they need PyTorch and nothing else."""
+"""The public kernel API, which needs PyTorch and nothing else.
 
+Every op takes CPU or CUDA tensors and equals its plain PyTorch `*_ref` beside it.
+"""
+
+from fastwm.ops._backend import available, backend_info, use_backend
+from fastwm.ops.lambda_return import lambda_return, lambda_return_ref
 from fastwm.ops.latent import (
     kl_balance,
     kl_balance_ref,
@@ -34,12 +39,16 @@ from fastwm.ops.upconv import upsample_conv2d, upsample_conv2d_ref
 
 __all__ = [
     "RSSMWeights",
+    "available",
+    "backend_info",
     "ema_",
     "ema_ref_",
     "gru_step",
     "gru_step_ref",
     "kl_balance",
     "kl_balance_ref",
+    "lambda_return",
+    "lambda_return_ref",
     "laprop_agc_",
     "laprop_agc_ref_",
     "latent_sample",
@@ -63,4 +72,5 @@ __all__ = [
     "twohot_mean_ref",
     "upsample_conv2d",
     "upsample_conv2d_ref",
+    "use_backend",
 ]

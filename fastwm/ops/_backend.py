@@ -1,0 +1,104 @@
+"""Loads the compiled kernels once, says what is active, and lets tests and benchmarks switch.
+
+Nothing here may break `import fastwm.ops`: a library that is missing or does not load leaves the
+plain PyTorch references in charge, with one warning that names the cause.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_active = {"cpu": False, "cuda": False}  # device type -> its fused kernels can be called
+_state = {"cpu": "not built", "cuda": "not built"}  # the same, in words
+_fused = True  # set by use_backend
+
+raw = torch.ops.fastwm  # the operators of csrc/ops.cpp; no autograd, no broadcasting
+
+
+def _load(name: str, device: str) -> None:
+    found = sorted(_PACKAGE.glob(f"{name}.abi3.so")) or sorted(_PACKAGE.glob(f"{name}.pyd"))
+    if not found:
+        return
+    try:
+        torch.ops.load_library(str(found[0]))
+    except (OSError, RuntimeError) as error:
+        cause = str(error).strip().splitlines()[0]
+        _state[device] = f"failed to load: {cause}"
+        warnings.warn(
+            f"fastwm: {found[0].name} does not load, using the PyTorch reference on {device} "
+            f"(slower): {cause}. To repair: python -m fastwm.doctor",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    _active[device], _state[device] = True, "active"
+
+
+def _load_all() -> None:
+    if os.environ.get("FASTWM_DISABLE_EXT", "0") not in ("", "0"):
+        _state.update(cpu="disabled by FASTWM_DISABLE_EXT", cuda="disabled by FASTWM_DISABLE_EXT")
+        return
+    _load("_C", "cpu")
+    if not _active["cpu"]:
+        _state["cuda"] = "needs _C"
+    elif torch.version.cuda is None:
+        _state["cuda"] = "this PyTorch has no CUDA"
+    else:
+        _load("_C_cuda", "cuda")
+
+
+_load_all()
+
+
+def available(where: torch.Tensor | torch.device | str) -> bool:
+    """Whether fused kernels run for this tensor or device."""
+    if isinstance(where, torch.Tensor):
+        where = where.device
+    kind = where.split(":")[0] if isinstance(where, str) else where.type
+    return _fused and _active.get(kind, False)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block every op runs as `"reference"` (plain PyTorch) or `"fused"` (the default).
+
+    Raises: ValueError for another name. `"fused"` still means the reference where no kernel is
+    built; ask `available`.
+    """
+    global _fused
+    if name not in ("reference", "fused"):
+        raise ValueError(f"use_backend: expected 'reference' or 'fused', got {name!r}")
+    before, _fused = _fused, name == "fused"
+    try:
+        yield
+    finally:
+        _fused = before
+
+
+def backend_info() -> dict[str, str]:
+    """What is active, as text: torch, CPU and CUDA state, instruction set, how it was built."""
+    info = {"torch": torch.__version__, "cpu": _state["cpu"], "cuda": _state["cuda"]}
+    if _active["cpu"]:
+        info["cpu_capability"] = raw.cpu_capability()
+        info["build"] = raw.build_info()
+    info["backend"] = "fused" if _fused and any(_active.values()) else "reference"
+    return info
+
+
+def register_fake(name: str) -> Callable:
+    """Decorator: the shape function of raw op `name`, if the library that defines it is loaded."""
+    if not _active["cpu"]:
+        return lambda function: function
+    return torch.library.register_fake(f"fastwm::{name}")
+
+
+def wants_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd would record an op on these: only then is the Function worth its cost."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
