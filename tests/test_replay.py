@@ -160,8 +160,8 @@ def test_every_valid_window_is_drawn_equally_often(backend):
         envs = [0, 1, 2] if time < 7 else [0, 1]
         replay.add(rows_of(envs, [time] * len(envs)), envs=envs)
     counts: dict[tuple, int] = {}
-    for _ in range(190):
-        for pair in replay.sample(50, online=False)["ids"].tolist():
+    for _ in range(500):
+        for pair in replay.sample(19, online=False)["ids"].tolist():
             counts[tuple(pair)] = counts.get(tuple(pair), 0) + 1
     assert len(counts) == replay.windows == 19
     chi = sum((n - 500) ** 2 / 500 for n in counts.values())
