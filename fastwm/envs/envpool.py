@@ -1,0 +1,184 @@
+"""envpool: C++ environments, all stepped by one call.
+
+What envpool really does, and what this adapter does about it:
+- the step after a done one resets and ignores its action: exactly our rows, is_first being the
+  previous done (elapsed_step does not restart after a lost life);
+- dm_control and MetaWorld tasks return a stale reward on that reset: forced to 0;
+- it checks only the first action it is given, later ones may be read out of bounds: checked here;
+- the seed of reset() is ignored: every environment gets its own seed at construction;
+- undeclared bounds appear as the smallest and largest double: refused, unless `bounds` is given;
+- images are (C, H, W) or (H, W, C) by family; doubles: converted to (H, W, C) uint8 and float32;
+- repeating an action by its `frame_skip` drops rewards in the MuJoCo families: repeated truly here.
+Returned arrays are fresh on every call, so nothing is copied that needs no conversion.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from typing import Any
+
+import numpy as np
+
+from fastwm.envs.base import (
+    EnvError,
+    EnvSpaceError,
+    Rows,
+    VecEnv,
+    check_num_envs,
+    import_package,
+    make_rows,
+    spread_seeds,
+)
+from fastwm.envs.convert import ActMap, ObsMap, ObsOptions
+
+PIP = "'envpool>=1.2.5'"
+
+
+def load_envpool(who: str) -> Any:
+    return import_package("envpool", PIP, who)
+
+
+class EnvpoolEnv(VecEnv):
+    """Any envpool id. `settings` go to envpool.make (frame_skip, max_episode_steps, ...)."""
+
+    def __init__(
+        self,
+        env_id: str,
+        num_envs: int,
+        seed: int = 0,
+        *,
+        task: str = "",
+        obs: ObsOptions | None = None,
+        action_repeat: int = 1,
+        frames_per_action: int = 1,
+        bounds: Any = None,
+        render_mode: str | None = "rgb_array",
+        **settings: Any,
+    ) -> None:
+        """action_repeat: calls per decision, rewards summed.   frames_per_action: frames that one
+        call already stands for (Atari's frame_skip); it only enters the attribute action_repeat."""
+        self.task, self.seed = task or f"envpool:{env_id}", int(seed)
+        self.num_envs = check_num_envs(self.task, num_envs)
+        if action_repeat < 1:
+            raise ValueError(f"{self.task}: expected action_repeat >= 1, got {action_repeat}")
+        self._repeat = int(action_repeat)
+        self.action_repeat = self._repeat * int(frames_per_action)
+        if settings.get("noop_max", 1) < 1:
+            # envpool divides by it: the process would end without a Python error.
+            raise ValueError(f"{self.task}: expected noop_max of at least 1, got 0")
+        self._make_pool(load_envpool(self.task), env_id, render_mode, settings)
+        self._act = ActMap(self.task, self._pool.action_space, self.num_envs, bounds)
+        self._obs = ObsMap(self.task, self._pool.observation_space, obs or ObsOptions(), copy=False)
+        self.obs_space, self.act_space = self._obs.space, self._act.space
+        self._last: np.ndarray | None = None  # (N,) bool, the previous row's is_last
+
+    def _make_pool(
+        self, envpool: Any, env_id: str, render_mode: str | None, settings: dict
+    ) -> None:
+        if render_mode is not None and not load_gl():
+            render_mode = None
+        self._render_mode = render_mode
+        if render_mode is not None:
+            settings = {**settings, "render_mode": render_mode}
+        seeds = spread_seeds(self.seed, self.num_envs)
+        with warnings.catch_warnings():
+            # gymnasium remarks on bounds beyond float32, which are replaced anyway.
+            warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")
+            try:
+                self._pool = envpool.make_gymnasium(
+                    env_id, num_envs=self.num_envs, seed=seeds, **settings
+                )
+                spaces = (self._pool.observation_space, self._pool.action_space)
+            except (TypeError, ValueError, AssertionError, KeyError) as error:
+                raise ValueError(
+                    f"{self.task}: expected options that envpool knows for {env_id}, got "
+                    f"{settings}: {error}"
+                ) from error
+        if any(space is None for space in spaces):
+            raise EnvSpaceError(f"{self.task}: expected spaces from envpool, got {spaces}")
+
+    def reset(self) -> Rows:
+        obs, _ = self._pool.reset()
+        count = self.num_envs
+        self._last = np.zeros(count, bool)
+        zeros = np.zeros((3, count), bool)
+        zeros[0] = True
+        return make_rows(self._obs.batch(obs), np.zeros(count, np.float32), *zeros)
+
+    def step(self, action: np.ndarray) -> Rows:  # (N, *act_space.shape)
+        if self._last is None:
+            raise EnvError(f"{self.task}: expected reset() before the first step(), got step()")
+        native = self._act.batch(action)
+        obs, reward, terminal, truncated, _ = self._pool.step(native)
+        first, last = self._last, terminal | truncated
+        if self._repeat > 1:
+            obs, reward, terminal, last = self._again(native, obs, reward, terminal, last)
+        elif reward.dtype != np.float32:
+            reward = reward.astype(np.float32)
+        if first.any():
+            reward[first] = 0.0
+        self._last = last.copy()  # the caller owns `last`
+        return make_rows(self._obs.batch(obs), reward, first, last, terminal)
+
+    def _again(
+        self, native: Any, obs: Any, reward: np.ndarray, terminal: np.ndarray, last: np.ndarray
+    ) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray]:
+        """Repeats the action where the row is inside an episode, summing rewards.
+
+        Environments that were just reset, or are done, must not be stepped; envpool steps any
+        subset by its ids and answers in any order.
+        """
+        reward = reward.astype(np.float32)
+        for _ in range(self._repeat - 1):
+            ids = np.flatnonzero(~(self._last | last)).astype(np.int32)
+            if len(ids) == 0:
+                break
+            part = self._pool.step(_select(native, ids), ids)
+            ids = part[4]["env_id"]
+            reward[ids] += part[1]
+            terminal[ids] = part[2]
+            last[ids] = part[2] | part[3]
+            obs = part[0] if len(ids) == self.num_envs else _scatter(obs, part[0], ids)
+        return obs, reward, terminal, last
+
+    def render(self) -> np.ndarray | None:  # (N, H, W, 3) uint8
+        if self._render_mode is None:
+            return None
+        try:
+            return np.array(self._pool.render(env_ids=np.arange(self.num_envs)), dtype=np.uint8)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            warnings.warn(f"{self.task}: no pictures, {error}", stacklevel=2)
+            self._render_mode = None
+            return None
+
+    def close(self) -> None:
+        # The pool has no close; its threads end with the last reference.
+        self._pool = None
+
+
+def _select(tree: Any, ids: np.ndarray) -> Any:
+    if isinstance(tree, dict):
+        return {key: _select(child, ids) for key, child in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(_select(child, ids) for child in tree)
+    return tree[ids]
+
+
+def _scatter(tree: Any, part: Any, ids: np.ndarray) -> Any:
+    """Writes the rows `ids` of nested arrays, in place."""
+    if isinstance(tree, dict):
+        return {key: _scatter(child, part[key], ids) for key, child in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(_scatter(*pair, ids) for pair in zip(tree, part, strict=True))
+    tree[ids] = part
+    return tree
+
+
+def load_gl() -> bool:
+    """Makes OpenGL's symbols visible; without them envpool ends the process on a MuJoCo render."""
+    try:
+        ctypes.CDLL("libGL.so.1", mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
