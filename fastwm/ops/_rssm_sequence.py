@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastwm.ops.latent import latent_sample_ref
+
 EPS = 1e-4
 
 
@@ -107,15 +109,6 @@ def blocks_times(x: Tensor, weight: Tensor) -> Tensor:
     return out.transpose(0, 1).flatten(1)
 
 
-def sample_index(logits: Tensor, noise: Tensor | None, unimix: float) -> Tensor:
-    """Classes (…, S) of logits (…, S, K): inverse CDF of uniform noise, or the mode."""
-    if noise is None:
-        return logits.argmax(-1)
-    probs = (1.0 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
-    below = probs.cumsum(-1) <= noise.unsqueeze(-1)
-    return below.sum(-1).clamp(max=logits.shape[-1] - 1)
-
-
 def scan(weights, deter, stoch, action_part, token_part, is_first, noise, unimix, groups):
     """The forward loop. action_part (B, T, D), token_part (B, T, U), biases inside -> Scan."""
     units, classes = weights.units, stoch.shape[-1] // groups
@@ -147,10 +140,9 @@ def scan(weights, deter, stoch, action_part, token_part, is_first, noise, unimix
             post.append(F.linear(h, weight, bias))
             h = activate(post[-1], scale)
         logits = F.linear(h, *weights.post_logit)
-        index = sample_index(
-            logits.unflatten(-1, (groups, classes)), None if noise is None else noise[:, t], unimix
-        )
-        stoch = F.one_hot(index, classes).flatten(1).to(logits.dtype)
+        by_group = logits.unflatten(-1, (groups, classes))
+        index, _ = latent_sample_ref(by_group, None if noise is None else noise[:, t], unimix)
+        stoch = one_hot(index, classes, logits.dtype)
         steps.append((deter, logits, index, torch.cat(inner, -1), gates, *hidden, *post))
     out = [torch.stack(x, 1) for x in zip(*steps, strict=True)]
     count = len(weights.hidden)
@@ -237,7 +229,7 @@ def previous(start: Tensor, sequence: Tensor, is_first: Tensor) -> Tensor:
 
 
 def one_hot(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """index (B, T, S) -> (B, T, S*K)."""
+    """index (…, S) -> (…, S*K)."""
     hot = torch.zeros(*index.shape, classes, dtype=dtype, device=index.device)
     return hot.scatter_(-1, index.long().unsqueeze(-1), 1.0).flatten(-2)
 

@@ -21,7 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-4  # inside the root of every RMS norm
+from fastwm.ops import _rssm_sequence as sequence
+from fastwm.ops.latent import latent_sample_ref, straight_through_ref
+
+EPS = sequence.EPS  # inside the root of every RMS norm
 
 
 class RSSMWeights(NamedTuple):
@@ -57,20 +60,10 @@ def _blocks(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.einsum("bgi,gio->bgo", x, weight).flatten(-2) + bias
 
 
-def _mixed_probs(logits: Tensor, unimix: float) -> Tensor:
-    return (1.0 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
-
-
 def _sample(logits: Tensor, noise: Tensor | None, unimix: float) -> Tensor:
     """Straight-through one-hot of logits (…, S, K); noise (…, S) uniform or None for the mode."""
-    probs = _mixed_probs(logits, unimix)
-    if noise is None:
-        index = logits.argmax(-1)
-    else:
-        below = probs.detach().cumsum(-1) <= noise.unsqueeze(-1)
-        index = below.sum(-1).clamp(max=logits.shape[-1] - 1)
-    hard = F.one_hot(index, logits.shape[-1]).to(probs.dtype)
-    return hard + (probs - probs.detach())
+    index, _ = latent_sample_ref(logits, noise, unimix)
+    return straight_through_ref(index, logits, unimix)
 
 
 def _mlp_logits(x: Tensor, layers: tuple, logit: tuple) -> Tensor:
