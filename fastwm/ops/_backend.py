@@ -65,6 +65,11 @@ def available(where: torch.Tensor | torch.device | str) -> bool:
     return _fused and _active.get(kind, False)
 
 
+def fused_wanted() -> bool:
+    """False within `use_backend("reference")`: for fast paths that need no compiled kernel."""
+    return _fused
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block every op runs as `"reference"` (plain PyTorch) or `"fused"` (the default).

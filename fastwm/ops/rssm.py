@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastwm.ops import _backend
 from fastwm.ops import _rssm_sequence as sequence
+from fastwm.ops._check import check_dim, check_dtype, check_same_device, check_shape
 from fastwm.ops.latent import latent_sample_ref, straight_through_ref
 
 EPS = sequence.EPS  # inside the root of every RMS norm
@@ -172,29 +174,105 @@ def gru_step(
 
 def rssm_observe(
     weights: RSSMWeights,
-    deter: Tensor,  # (B, D) float32
-    stoch: Tensor,  # (B, S, K) float32
-    tokens: Tensor,  # (B, T, E) float32
-    prev_action: Tensor,  # (B, T, A) float32
+    deter: Tensor,  # (B, D) float
+    stoch: Tensor,  # (B, S, K) float
+    tokens: Tensor,  # (B, T, E) float
+    prev_action: Tensor,  # (B, T, A) float
     is_first: Tensor,  # (B, T) bool
-    noise: Tensor | None = None,  # (B, T, S) float32
+    noise: Tensor | None = None,  # (B, T, S) float in [0, 1), or None
     unimix: float = 0.01,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The whole posterior sequence, samples and resets inside.
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (B, T, S, K), (B, T, S, K)
+    """The whole posterior sequence, resets and samples inside, as one autograd node.
 
-    For every t: where ``is_first`` the deter, stoch and previous action are zeroed; then one GRU
-    step; then ``logits = MLP([deter, tokens])`` and a straight-through sample of
+    For every t: where ``is_first`` the deter, stoch and previous action become zero; one GRU step
+    (top of this module); ``logits = MLP([deter, tokens])``; a straight-through sample of
     ``(1 - unimix) softmax(logits) + unimix / K``.
 
     Args:
-        noise: uniform numbers in [0, 1), the inverse CDF gives the class; None takes the mode.
-        unimix: share of the uniform distribution in the probabilities that are sampled.
-
+        weights: see RSSMWeights; ``prior`` and ``prior_logit`` are not read.
+        deter, stoch: the state before the first row. tokens: the encoder's output.
+        prev_action: (B, T, A), the action that led to row t.
+        noise: uniform numbers, the inverse CDF gives the class; None takes the mode.
+        unimix: share of the uniform distribution in what is sampled, in [0, 1].
     Returns:
-        deter (B, T, D); logits (B, T, S, K) raw, before the mixing; stoch (B, T, S, K) one-hot,
-        with the gradient of the mixed probabilities.
+        deter (B, T, D); logits (B, T, S, K) raw, before the mixing; stoch (B, T, S, K) one-hot
+        with the gradient of the mixed probabilities. Differentiable once, with respect to the
+        weights, deter, stoch, tokens and prev_action.
+    Raises:
+        ValueError: a shape or unimix; TypeError: a dtype or device.
+    Equivalent to:
+        for t in range(T): deter = gru_step(...); logits = post(cat([deter, tokens[:, t]], -1))
+        index, _ = latent_sample(logits, noise[:, t], unimix); stoch = straight_through(...)
+    Numerics: float32 inside and in the carry, whatever autocast says; float64 stays.
     """
-    return rssm_observe_ref(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix)
+    deter, stoch, tokens, prev_action, noise = _check_observe(
+        weights, deter, stoch, tokens, prev_action, is_first, noise, unimix
+    )
+    args = (deter, stoch, tokens, prev_action, is_first, noise, unimix)
+    with torch.autocast(deter.device.type, enabled=False):
+        if not _backend.fused_wanted() or not is_first.numel():
+            return rssm_observe_ref(weights, *args)
+        return sequence.observe(weights, *args)
+
+
+def _check_weights(op: str, weights: RSSMWeights, deter: int, stoch: int) -> None:
+    """The sizes that every product below relies on; D and S*K are given by the state."""
+    units, blocks = weights.deter_in[0].shape[0], weights.gru[0].shape[0]
+    if blocks < 1 or deter % blocks:
+        raise ValueError(f"{op}: expected D to be a multiple of the G = {blocks} blocks of "
+                         f"weights.gru, got D = {deter}")  # fmt: skip
+    if not (weights.hidden and weights.post and weights.prior):
+        raise ValueError(f"{op}: expected at least one layer in weights.hidden, post and prior")
+    block, actions = deter // blocks, weights.action_in[0].shape[-1]
+    wide = weights.post[0][0].shape[-1]
+    rows = [block + 3 * units] + [block] * (len(weights.hidden) - 1)
+    layers = [
+        ("deter_in", weights.deter_in, (units, deter)),
+        ("stoch_in", weights.stoch_in, (units, stoch)),
+        ("action_in", weights.action_in, (units, actions)),
+        *((f"hidden[{i}]", layer, (blocks, rows[i], block))
+          for i, layer in enumerate(weights.hidden)),
+        ("gru", weights.gru, (blocks, block, 3 * block)),
+        *((f"post[{i}]", layer, (units, units if i else wide))
+          for i, layer in enumerate(weights.post)),
+        ("post_logit", weights.post_logit, (stoch, units)),
+        *((f"prior[{i}]", layer, (units, units if i else deter))
+          for i, layer in enumerate(weights.prior)),
+        ("prior_logit", weights.prior_logit, (stoch, units)),
+    ]  # fmt: skip
+    for name, layer, sizes in layers:
+        check_shape(op, f"weights.{name}[0]", layer[0], "(out, in)", sizes)
+        width = sizes[0] if len(sizes) == 2 else sizes[0] * sizes[2]
+        for i, vector in enumerate(layer[1:], 1):
+            check_shape(op, f"weights.{name}[{i}]", vector, "(out,)", (width,))
+
+
+def _check_observe(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix):
+    op = "rssm_observe"
+    check_dim(op, "is_first", is_first, "(B, T)", 2)
+    check_dim(op, "stoch", stoch, "(B, S, K)", 3)
+    batch, time = is_first.shape
+    size, groups, classes = weights.deter_in[0].shape[-1], *stoch.shape[1:]
+    embed = weights.post[0][0].shape[-1] - size if weights.post else 0
+    _check_weights(op, weights, size, groups * classes)
+    check_shape(op, "deter", deter, "(B, D)", (batch, size))
+    check_shape(op, "stoch", stoch, "(B, S, K)", (batch, groups, classes))
+    check_shape(op, "tokens", tokens, "(B, T, E)", (batch, time, embed))
+    actions = weights.action_in[0].shape[-1]
+    check_shape(op, "prev_action", prev_action, "(B, T, A)", (batch, time, actions))
+    check_dtype(op, "is_first", is_first, torch.bool)
+    if not 0.0 <= unimix <= 1.0:
+        raise ValueError(f"{op}: expected unimix in [0, 1], got {unimix}")
+    states = dict(deter=deter, stoch=stoch, tokens=tokens, prev_action=prev_action)
+    if noise is not None:
+        check_shape(op, "noise", noise, "(B, T, S)", (batch, time, groups))
+        states["noise"] = noise
+    for name, tensor in states.items():
+        check_dtype(op, name, tensor)
+    check_same_device(op, weights=weights.deter_in[0], is_first=is_first, **states)
+    dtype = weights.deter_in[0].dtype
+    return [x if x is None or x.dtype == dtype else x.to(dtype)
+            for x in (deter, stoch, tokens, prev_action, noise)]  # fmt: skip
 
 
 def rssm_prior(weights: RSSMWeights, deter: Tensor, groups: int) -> Tensor:
