@@ -1,0 +1,150 @@
+"""The acting half of an agent: observations in, actions out; loads with torch alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastwm.behavior import Actor
+from fastwm.nets import Encoder
+from fastwm.rssm import RSSM, feat
+from fastwm.spaces import Space
+
+MODES = ("train", "sample", "greedy")
+FORMAT = "fastwm-policy-1"
+
+
+class RecurrentPolicy(nn.Module):
+    """Steps the posterior and the actor. State: deter (N, D), stoch (N, S, K), action (N, A)."""
+
+    def __init__(self, encoder: Encoder, rssm: RSSM, actor: Actor) -> None:
+        super().__init__()
+        self.encoder, self.rssm, self.actor = encoder, rssm, actor
+
+    def initial_state(self, num_envs: int) -> dict[str, Tensor]:
+        deter, stoch = self.rssm.initial(num_envs)
+        action = deter.new_zeros(num_envs, self.actor.space.encoded_size)
+        return {"deter": deter, "stoch": stoch, "action": action}
+
+    @torch.no_grad()
+    def step(
+        self,
+        obs: dict[str, Tensor],  # (N, ...)
+        state: dict[str, Tensor],
+        is_first: Tensor,  # (N,) bool
+        mode: str,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Actions (N, *shape) and the next state; `is_first` rows forget theirs.
+
+        mode: "train" and "sample" draw actions, "greedy" takes the most likely ones.
+        """
+        if mode not in MODES:
+            raise ValueError(f"act: expected mode to be one of {MODES}, got {mode!r}")
+        tokens = self.encoder({key: value.unsqueeze(1) for key, value in obs.items()})
+        count = is_first.shape[0]
+        noise = torch.rand(
+            count, 1, self.rssm.stoch, generator=generator, device=generator.device
+        )
+        deter, _, stoch = self.rssm.observe(
+            state["deter"],
+            state["stoch"],
+            tokens,
+            state["action"].unsqueeze(1),
+            is_first.unsqueeze(1),
+            noise,
+        )
+        deter, stoch = deter.squeeze(1), stoch.squeeze(1)
+        dist = self.actor(feat(deter, stoch))
+        greedy = mode == "greedy"
+        action = dist.sample(None if greedy else self.actor.noise((count,), generator))
+        return self.actor.to_env(action), {"deter": deter, "stoch": stoch, "action": action}
+
+
+class LoadedPolicy:
+    """A trained policy: `action, state = policy(obs, state, is_first)`.
+
+    obs_space, act_space: what it takes and gives (fastwm.spaces.Space).
+    """
+
+    def __init__(self, policy: RecurrentPolicy, obs_space: dict[str, Space], seed: int) -> None:
+        self.policy = policy.eval()
+        self.obs_space, self.act_space = obs_space, policy.actor.space
+        self.device = next(policy.parameters()).device
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def __call__(
+        self,
+        obs: dict[str, np.ndarray | Tensor],
+        state: dict[str, Tensor] | None = None,
+        is_first: np.ndarray | Tensor | None = None,
+        mode: str = "greedy",
+    ) -> tuple[np.ndarray, dict[str, Tensor]]:
+        """One step of a batch of N environments.
+
+        obs: arrays (N, *shape) by key. state: what the last call returned, None at the start.
+        is_first: (N,) bool, True where a new episode begins; None for "only without a state".
+        Returns actions (N, *shape) as the environment takes them, and the next state.
+        """
+        missing = sorted(set(self.obs_space) - set(obs))
+        if missing:
+            raise ValueError(
+                f"policy: expected observations {sorted(self.obs_space)}, got {sorted(obs)}; "
+                f"add {missing}"
+            )
+        tensors = {}
+        for key, space in self.obs_space.items():
+            tensors[key] = torch.as_tensor(obs[key]).to(self.device)
+            if tuple(tensors[key].shape[1:]) != space.shape:
+                raise ValueError(
+                    f"policy: expected obs[{key!r}] of shape (N, *{space.shape}), "
+                    f"got {tuple(tensors[key].shape)}"
+                )
+        count = len(next(iter(tensors.values())))
+        if is_first is None:
+            is_first = torch.full((count,), state is None)
+        state = self.policy.initial_state(count) if state is None else state
+        first = torch.as_tensor(is_first).to(self.device)
+        action, state = self.policy.step(tensors, state, first, mode, self.generator)
+        return action.cpu().numpy(), state
+
+
+def pack_policy(policy: RecurrentPolicy, obs_space: dict[str, Space], options: dict) -> dict:
+    """Everything that `load_policy` needs, as plain data and tensors."""
+    return {
+        "format": FORMAT,
+        "obs_space": {key: space.to_dict() for key, space in obs_space.items()},
+        "act_space": policy.actor.space.to_dict(),
+        "options": options,
+        "weights": {k: v.detach().cpu().clone() for k, v in policy.state_dict().items()},
+    }
+
+
+def load_policy(
+    path: str | Path, *, device: str | torch.device = "cpu", seed: int = 0
+) -> LoadedPolicy:
+    """Load a policy for acting; needs torch and nothing else.
+
+    path: a policy file, or a run folder (then its `checkpoint/policy.pt`).
+    Raises FileNotFoundError, or ValueError if the file holds something else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoint" / "policy.pt"
+    data = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(
+            f"load_policy: expected a policy file ({FORMAT}), got something else in {path}; "
+            "train with this version or pass the run folder"
+        )
+    obs_space = {key: Space.from_dict(space) for key, space in data["obs_space"].items()}
+    act_space, options = Space.from_dict(data["act_space"]), data["options"]
+    encoder = Encoder(obs_space, **options["encoder"])
+    rssm = RSSM(encoder.out_features, act_space.encoded_size, **options["rssm"])
+    actor = Actor(rssm.feat_size, act_space, **options["actor"])
+    policy = RecurrentPolicy(encoder, rssm, actor)
+    policy.load_state_dict(data["weights"])
+    return LoadedPolicy(policy.to(device), obs_space, seed)

@@ -1,0 +1,196 @@
+"""Actor and critic, and the losses that train them in imagination and on replay.
+
+The losses are plain functions of tensors. Source: arXiv:2301.04104 and its 2024 code.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastwm import ops
+from fastwm.distributions import BoundedNormal, MultiCategorical
+from fastwm.nets import MLP, Head, Linear
+from fastwm.spaces import Space
+
+Policy = MultiCategorical | BoundedNormal
+
+
+class Actor(nn.Module):
+    """Features (..., F) -> distribution over actions."""
+
+    def __init__(
+        self,
+        feat_size: int,
+        act_space: Space,
+        *,
+        units: int,
+        layers: int,
+        outscale: float,
+        unimix: float,
+        min_std: float,
+        max_std: float,
+    ) -> None:
+        super().__init__()
+        self.space, self.unimix, self.std_range = act_space, unimix, (min_std, max_std)
+        self.mlp = MLP(feat_size, units, layers)
+        size = act_space.encoded_size
+        names = ("logits",) if act_space.kind == "discrete" else ("mean", "std")
+        self.heads = nn.ModuleDict(
+            {name: Linear(self.mlp.out_features, size, outscale=outscale) for name in names}
+        )
+
+    def forward(self, features: Tensor) -> Policy:
+        x = self.mlp(features)
+        outs = [head(x).float() for head in self.heads.values()]
+        if self.space.kind == "discrete":
+            return MultiCategorical(outs[0], self.space.classes, self.unimix)
+        return BoundedNormal(outs[0], outs[1], *self.std_range)
+
+    def noise(self, lead: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Fresh noise for `sample`: uniform for discrete elements, normal for continuous ones."""
+        discrete = self.space.kind == "discrete"
+        width = len(self.space.classes) if discrete else self.space.encoded_size
+        draw = torch.rand if discrete else torch.randn
+        return draw(*lead, width, generator=generator, device=generator.device)
+
+    def to_env(self, action: Tensor) -> Tensor:
+        """Encoded actions (N, A) -> what the environment takes (N, *shape)."""
+        if self.space.kind != "discrete":
+            return action
+        parts = [part.argmax(-1) for part in action.split(self.space.classes, -1)]
+        return torch.stack(parts, -1).reshape(-1, *self.space.shape).to(torch.int32)
+
+
+class Critic(nn.Module):
+    """Two-hot value head and its slowly following copy."""
+
+    def __init__(
+        self,
+        feat_size: int,
+        *,
+        units: int,
+        layers: int,
+        bins: int,
+        outscale: float,
+        slow_rate: float,
+        slow_every: int,
+    ) -> None:
+        super().__init__()
+        self.slow_rate, self.slow_every = slow_rate, slow_every
+        self.net = Head(feat_size, bins, units=units, layers=layers, outscale=outscale)
+        self.slow = copy.deepcopy(self.net).requires_grad_(False)
+        self.register_buffer("bins", ops.symexp_bins(bins), persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:  # (..., F) -> (..., V)
+        return self.net(features)
+
+    def mean(self, logits: Tensor) -> Tensor:  # (..., V) -> (...)
+        return ops.twohot_mean(logits, self.bins)
+
+    @torch.no_grad()
+    def slow_mean(self, features: Tensor) -> Tensor:  # (..., F) -> (...)
+        return self.mean(self.slow(features))
+
+    @torch.no_grad()
+    def follow(self, updates: int, finite: Tensor) -> None:
+        """Move the slow copy; `finite` False leaves it."""
+        if updates % self.slow_every == 0:
+            ops.ema_(
+                list(self.slow.parameters()), list(self.net.parameters()), self.slow_rate, finite
+            )
+
+
+class ReturnNorm(nn.Module):
+    """Running range between two percentiles of the returns; the scale is at least `limit`."""
+
+    def __init__(self, *, rate: float, limit: float, low: float, high: float) -> None:
+        super().__init__()
+        self.rate, self.limit = rate, limit
+        self.register_buffer("range", torch.zeros(2))
+        self.register_buffer("quantiles", torch.tensor([low, high]) / 100.0, persistent=False)
+
+    def moved(self, returns: Tensor) -> Tensor:
+        """The range (2,) after seeing `returns`; the state itself does not change."""
+        seen = torch.quantile(returns.detach().float().flatten(), self.quantiles)
+        return (1.0 - self.rate) * self.range + self.rate * seen
+
+    def scale(self, limits: Tensor) -> Tensor:  # (2,) -> ()
+        return (limits[1] - limits[0]).clamp(min=self.limit)
+
+    @torch.no_grad()
+    def commit(self, limits: Tensor, finite: Tensor) -> None:
+        self.range.copy_(torch.where(finite, limits, self.range))
+
+
+class ImagOut(NamedTuple):
+    """policy, value: losses (N, I). returns (N, I), advantage (N, I), weight (N, I+1)."""
+
+    policy: Tensor
+    value: Tensor
+    returns: Tensor
+    advantage: Tensor
+    weight: Tensor
+
+
+def imag_loss(
+    policy: Policy,  # over (N, I+1)
+    action: Tensor,  # (N, I+1, A)
+    reward: Tensor,  # (N, I+1)
+    cont: Tensor,  # (N, I+1) probability of going on
+    value_logits: Tensor,  # (N, I+1, V)
+    slow_value: Tensor,  # (N, I+1)
+    bins: Tensor,  # (V,)
+    scale_of,  # returns (N, I) -> scale ()
+    *,
+    discount: float,
+    lam: float,
+    actent: float,
+    slow_reg: float,
+) -> ImagOut:
+    """Reinforce with normalised advantages, and the critic's two-hot losses.
+
+    R_t = r_{t+1} + d c_{t+1} ((1 - lam) v_{t+1} + lam R_{t+1}); weights are the cumulated chances
+    that state t is reached, w_0 = c_0. Gradients reach `policy` and `value_logits` only.
+    """
+    with torch.no_grad():
+        value = ops.twohot_mean(value_logits, bins)
+        returns = ops.lambda_return(reward, value, cont * discount, lam)
+        weight = torch.cumprod(cont * discount, 1) / discount
+        advantage = (returns - value[:, :-1]) / scale_of(returns)
+    score = policy.log_prob(action)[:, :-1] * advantage + actent * policy.entropy()[:, :-1]
+    value_loss = ops.twohot_loss(
+        value_logits[:, :-1], (returns, slow_value[:, :-1]), bins, (1.0, slow_reg)
+    )
+    return ImagOut(
+        -weight[:, :-1] * score, weight[:, :-1] * value_loss, returns, advantage, weight
+    )
+
+
+def repl_loss(
+    reward: Tensor,  # (B, T)
+    is_last: Tensor,  # (B, T)
+    is_terminal: Tensor,  # (B, T)
+    boot: Tensor,  # (B, T) imagined return from each state
+    value_logits: Tensor,  # (B, T, V)
+    slow_value: Tensor,  # (B, T)
+    bins: Tensor,  # (V,)
+    *,
+    discount: float,
+    lam: float,
+    slow_reg: float,
+) -> Tensor:  # (B, T-1)
+    """The critic's loss on replayed rewards, bootstrapped from imagined returns.
+
+    A truncated episode bootstraps from its last state; a terminal one does not.
+    """
+    live = (1.0 - is_terminal.float()) * discount
+    going = 1.0 - is_last.float()
+    returns = ops.lambda_return(reward, boot, live, going * lam)
+    loss = ops.twohot_loss(
+        value_logits[:, :-1], (returns, slow_value[:, :-1]), bins, (1.0, slow_reg)
+    )
+    return going[:, :-1] * loss

@@ -1,0 +1,308 @@
+"""Layers, encoder, decoder and heads.
+
+Every hidden layer is Linear, RMSNorm, SiLU. Letters are those of docs/conventions.md. Source of the
+architecture: arXiv:2301.04104 and its 2024 reference implementation.
+"""
+
+from __future__ import annotations
+
+from math import prod, sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastwm import ops
+from fastwm.spaces import Space
+
+# A normal truncated at two standard deviations has standard deviation 0.8796.
+TRUNCATION = 1.0 / 0.87962566103423978
+
+
+@torch.no_grad()
+def init_weight_(weight: Tensor, fan_in: int, outscale: float = 1.0) -> Tensor:
+    """Truncated normal with real standard deviation `outscale / sqrt(fan_in)`, in place."""
+    if outscale == 0.0:
+        return weight.zero_()
+    nn.init.trunc_normal_(weight, 0.0, 1.0, -2.0, 2.0)
+    return weight.mul_(outscale * TRUNCATION / sqrt(fan_in))
+
+
+class Linear(nn.Module):
+    """y = x W^T + b."""
+
+    def __init__(self, in_features: int, out_features: int, *, outscale: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        init_weight_(self.weight, in_features, outscale)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return F.linear(x, self.weight, self.bias)
+
+
+class NormLinear(Linear):
+    """silu(rmsnorm(Linear(x)))."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.scale = nn.Parameter(torch.ones(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return ops.rms_silu(super().forward(x), self.scale)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight, self.bias, self.scale
+
+
+class BlockLinear(nn.Module):
+    """G independent linear maps over contiguous slices of the input.
+
+    The initial standard deviation counts the whole input as fan-in, not one block's share.
+    """
+
+    def __init__(self, in_features: int, out_features: int, blocks: int) -> None:
+        super().__init__()
+        if in_features % blocks or out_features % blocks:
+            raise ValueError(
+                f"BlockLinear: expected sizes divisible by blocks = {blocks}, "
+                f"got {in_features} -> {out_features}; change the number of blocks or the sizes"
+            )
+        self.weight = nn.Parameter(torch.empty(blocks, in_features // blocks, out_features // blocks))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+        init_weight_(self.weight, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        blocks, width, _ = self.weight.shape
+        rows = x.reshape(-1, blocks, width).transpose(0, 1)  # (G, N, in/G)
+        out = torch.bmm(rows, self.weight.to(rows.dtype)).transpose(0, 1)  # (N, G, out/G)
+        return out.reshape(*x.shape[:-1], -1) + self.bias
+
+
+class BlockNormLinear(BlockLinear):
+    """Holds a block-linear layer with the RMSNorm scale over all its outputs."""
+
+    def __init__(self, in_features: int, out_features: int, blocks: int) -> None:
+        super().__init__(in_features, out_features, blocks)
+        self.scale = nn.Parameter(torch.ones(out_features))
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight, self.bias, self.scale
+
+
+class MLP(nn.Sequential):
+    """`layers` hidden layers of `units`."""
+
+    def __init__(self, in_features: int, units: int, layers: int) -> None:
+        sizes = [in_features] + [units] * layers
+        super().__init__(*(NormLinear(i, o) for i, o in zip(sizes, sizes[1:], strict=False)))
+        self.out_features = sizes[-1]
+
+
+class Head(nn.Module):
+    """An MLP and a linear output of any shape; the output is float32 under autocast too."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, units: int, layers: int, outscale: float
+    ) -> None:
+        super().__init__()
+        self.mlp = MLP(in_features, units, layers)
+        self.out = Linear(self.mlp.out_features, out_features, outscale=outscale)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return self.out(self.mlp(x)).float()
+
+
+class Conv(nn.Module):
+    """A convolution kernel (C', C, k, k), bias, and the scale of the norm that follows, if any."""
+
+    def __init__(self, channels: int, out_channels: int, kernel: int, *, norm: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, channels, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.scale = nn.Parameter(torch.ones(out_channels)) if norm else None
+        init_weight_(self.weight, channels * kernel * kernel)
+
+
+def channel_norm(x: Tensor, scale: Tensor) -> Tensor:  # (N, C, H, W), (C,) -> (N, C, H, W)
+    """RMSNorm over the channels of each pixel, then SiLU; keeps the channels-last layout."""
+    return ops.rms_silu(x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
+
+
+def split_keys(obs_space: dict[str, Space]) -> tuple[list[str], list[str]]:
+    """Sorted image keys and sorted vector keys (discrete ones count as vectors)."""
+    images = sorted(key for key, space in obs_space.items() if space.kind == "image")
+    vectors = sorted(key for key in obs_space if key not in images)
+    return images, vectors
+
+
+def one_hot_encode(x: Tensor, classes: tuple[int, ...], lead: int) -> Tensor:
+    """Discrete elements behind `lead` leading dims -> concatenated one-hots (..., sum(classes))."""
+    flat = x.reshape(*x.shape[:lead], -1).long()
+    if len(classes) == 1 or len(set(classes)) == 1:
+        return F.one_hot(flat, classes[0]).flatten(-2).float()
+    parts = [F.one_hot(flat[..., i], n) for i, n in enumerate(classes)]
+    return torch.cat(parts, -1).float()
+
+
+class Encoder(nn.Module):
+    """Observations (B, T, ...) -> tokens (B, T, E): an MLP for vectors, a CNN for images.
+
+    out_features: E.  Images of all keys are stacked along channels and must share H and W.
+    """
+
+    def __init__(
+        self,
+        obs_space: dict[str, Space],
+        *,
+        depth: int,
+        mults: tuple[int, ...],
+        layers: int,
+        units: int,
+        kernel: int,
+        symlog: bool,
+    ) -> None:
+        super().__init__()
+        self.space, self.symlog, self.kernel = dict(obs_space), symlog, kernel
+        self.image_keys, self.vector_keys = split_keys(obs_space)
+        if not obs_space:
+            raise ValueError("Encoder: expected at least one observation key, got none")
+        self.out_features = 0
+        if self.vector_keys:
+            width = sum(obs_space[key].encoded_size for key in self.vector_keys)
+            self.mlp = MLP(width, units, layers)
+            self.out_features += self.mlp.out_features
+        if self.image_keys:
+            height, width, channels = stacked_image_shape(obs_space, self.image_keys, len(mults))
+            widths = [channels] + [depth * mult for mult in mults]
+            self.convs = nn.ModuleList(
+                Conv(i, o, kernel) for i, o in zip(widths, widths[1:], strict=False)
+            )
+            self.out_features += (height >> len(mults)) * (width >> len(mults)) * widths[-1]
+
+    def forward(self, obs: dict[str, Tensor]) -> Tensor:
+        tokens = []
+        if self.vector_keys:
+            tokens.append(self.mlp(self.encode_vectors(obs)))
+        if self.image_keys:
+            tokens.append(self.encode_images(obs))
+        return tokens[0] if len(tokens) == 1 else torch.cat([t.float() for t in tokens], -1)
+
+    def encode_vectors(self, obs: dict[str, Tensor]) -> Tensor:
+        parts = []
+        for key in self.vector_keys:
+            x, space = obs[key], self.space[key]
+            lead = x.dim() - len(space.shape)
+            if space.kind == "discrete":
+                parts.append(one_hot_encode(x, space.classes, lead))
+            else:
+                x = x.float().reshape(*x.shape[:lead], -1)
+                parts.append(ops.symlog(x) if self.symlog else x)
+        return torch.cat(parts, -1)
+
+    def encode_images(self, obs: dict[str, Tensor]) -> Tensor:
+        x = torch.cat([obs[key] for key in self.image_keys], -1)  # (B, T, H, W, C) uint8
+        lead = x.shape[:-3]
+        x = x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2).float() / 255.0 - 0.5
+        for conv in self.convs:
+            x = F.conv2d(x, conv.weight, conv.bias, padding=self.kernel // 2)
+            x = channel_norm(F.max_pool2d(x, 2), conv.scale)
+        return x.permute(0, 2, 3, 1).reshape(*lead, -1)
+
+
+def stacked_image_shape(
+    obs_space: dict[str, Space], keys: list[str], stages: int
+) -> tuple[int, int, int]:
+    """(H, W, all channels) of the images, checked to survive `stages` halvings."""
+    shapes = {key: obs_space[key].shape for key in keys}
+    sizes = {shape[:2] for shape in shapes.values()}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"Encoder: expected all images of one height and width, got {shapes}; resize them"
+        )
+    height, width = sizes.pop()
+    low, high = 3 << stages, 16 << stages
+    if any(n % (1 << stages) or not low <= n <= high for n in (height, width)):
+        raise ValueError(
+            f"Encoder: expected image height and width divisible by {1 << stages} and between {low} "
+            f"and {high} for {stages} stages, got {height}x{width}; set env.size or the mults"
+        )
+    return height, width, sum(shape[2] for shape in shapes.values())
+
+
+class Decoder(nn.Module):
+    """State (deter, stoch) -> one prediction per observation key.
+
+    Vectors come back in symlog space (..., *shape), discrete keys as logits (..., sum(classes)),
+    images as (..., H, W, C) in [0, 1].
+    """
+
+    def __init__(
+        self,
+        obs_space: dict[str, Space],
+        deter: int,
+        stoch: int,  # S*K
+        *,
+        depth: int,
+        mults: tuple[int, ...],
+        layers: int,
+        units: int,
+        kernel: int,
+        bspace: int,
+        outscale: float,
+    ) -> None:
+        super().__init__()
+        self.space = dict(obs_space)
+        self.image_keys, self.vector_keys = split_keys(obs_space)
+        if kernel != 5 and self.image_keys:
+            raise ValueError(f"Decoder: expected kernel = 5, got {kernel}")
+        if self.vector_keys:
+            self.mlp = MLP(stoch + deter, units, layers)
+            self.heads = nn.ModuleDict(
+                {
+                    key: Linear(units, obs_space[key].encoded_size, outscale=outscale)
+                    for key in self.vector_keys
+                }
+            )
+        if self.image_keys:
+            height, width, channels = stacked_image_shape(obs_space, self.image_keys, len(mults))
+            self.grid = (height >> len(mults), width >> len(mults), depth * mults[-1], bspace)
+            pixels = prod(self.grid[:3])
+            self.from_deter = BlockLinear(deter, pixels, bspace)
+            self.from_stoch = nn.Sequential(NormLinear(stoch, 2 * units), Linear(2 * units, pixels))
+            self.scale = nn.Parameter(torch.ones(self.grid[2]))
+            widths = [depth * mult for mult in reversed(mults)]
+            self.convs = nn.ModuleList(
+                Conv(i, o, kernel) for i, o in zip(widths, widths[1:], strict=False)
+            )
+            self.image_out = Conv(widths[-1], channels, kernel, norm=False)
+            init_weight_(self.image_out.weight, widths[-1] * kernel * kernel, outscale)
+
+    def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:  # (..., D), (..., S*K)
+        out = {}
+        if self.vector_keys:
+            x = self.mlp(torch.cat([stoch, deter], -1))
+            for key in self.vector_keys:
+                flat = self.heads[key](x).float()
+                space = self.space[key]
+                shaped = flat.reshape(*flat.shape[:-1], *space.shape)
+                out[key] = flat if space.kind == "discrete" else shaped
+        if self.image_keys:
+            out.update(self.decode_images(deter, stoch))
+        return out
+
+    def decode_images(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
+        lead, (height, width, channels, bspace) = deter.shape[:-1], self.grid
+        x0 = self.from_deter(deter.reshape(-1, deter.shape[-1]))
+        x0 = x0.reshape(-1, bspace, height, width, channels // bspace)
+        x0 = x0.permute(0, 2, 3, 1, 4).reshape(-1, height, width, channels)
+        x1 = self.from_stoch(stoch.reshape(-1, stoch.shape[-1]))
+        x = ops.rms_silu(x0 + x1.reshape(-1, height, width, channels), self.scale)
+        x = x.permute(0, 3, 1, 2)  # channels-last (N, C, h, w)
+        for conv in self.convs:
+            x = channel_norm(ops.upsample_conv2d(x, conv.weight, conv.bias), conv.scale)
+        x = ops.upsample_conv2d(x, self.image_out.weight, self.image_out.bias)
+        x = torch.sigmoid(x.float()).permute(0, 2, 3, 1)
+        x = x.reshape(*lead, *x.shape[1:])
+        sizes = [self.space[key].shape[2] for key in self.image_keys]
+        return dict(zip(self.image_keys, x.split(sizes, -1), strict=True))

@@ -1,0 +1,111 @@
+"""The optimizer of DreamerV3: LaProp with adaptive gradient clipping and warm-up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fastwm import ops
+
+SCHEDULES = ("const", "linear", "cosine")
+
+
+class LaProp:
+    """RMS-scaled gradients, then momentum, then the learning rate; clipped per tensor by AGC.
+
+    The first update has learning rate 0 (warm-up counts from zero). An update with a non-finite
+    gradient changes nothing. Order of operations: docs/kernels.md, stem `optim`.
+    """
+
+    def __init__(
+        self,
+        named_params: Iterable[tuple[str, nn.Parameter]],
+        *,
+        lr: float,
+        agc: float,
+        pmin: float,
+        eps: float,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        nesterov: bool,
+        warmup: int,
+        schedule: str,
+        anneal: int,
+    ) -> None:
+        if schedule not in SCHEDULES:
+            raise ValueError(f"LaProp: expected schedule to be one of {SCHEDULES}, got {schedule!r}")
+        if schedule != "const" and anneal <= warmup:
+            raise ValueError(
+                f"LaProp: expected optim.anneal > warmup = {warmup} for schedule {schedule!r}, "
+                f"got {anneal}"
+            )
+        self.names, self.params = zip(*named_params, strict=True)
+        self.lr, self.warmup, self.schedule, self.anneal = lr, warmup, schedule, anneal
+        self.options = dict(agc=agc, pmin=pmin, beta1=beta1, beta2=beta2, eps=eps)
+        self.options.update(weight_decay=weight_decay, nesterov=nesterov)
+        if weight_decay:
+            self.options["decay_mask"] = [p.dim() > 1 for p in self.params]
+        device = self.params[0].device
+        self.mu = [torch.zeros_like(p) for p in self.params]
+        self.nu = [torch.zeros_like(p) for p in self.params]
+        self.step_count = torch.zeros((), dtype=torch.float32, device=device)
+
+    def learning_rate(self) -> Tensor:
+        """Rate of the next update, a 0-d tensor computed without a host sync."""
+        step, floor = self.step_count, 0.1
+        lr = torch.full_like(step, self.lr)
+        if self.schedule != "const":
+            done = ((step - self.warmup) / (self.anneal - self.warmup)).clamp(0.0, 1.0)
+            if self.schedule == "cosine":
+                done = 0.5 - 0.5 * torch.cos(math.pi * done)
+            lr = lr * (1.0 - (1.0 - floor) * done)
+        if self.warmup:
+            lr = lr * (step / self.warmup).clamp(max=1.0)
+        return lr
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the gradients in `.grad`.
+
+        loss: 0-d; a non-finite loss skips the update even where its gradients are finite.
+        Returns (grad_norm 0-d float32, finite 0-d bool).
+        """
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        scale = torch.where(torch.isfinite(loss), 1.0, float("nan"))
+        return ops.laprop_agc_(
+            list(self.params),
+            grads,
+            self.mu,
+            self.nu,
+            self.step_count,
+            self.learning_rate(),
+            grad_scale=scale,
+            **self.options,
+        )
+
+    def zero_grad(self) -> None:
+        for param in self.params:
+            param.grad = None
+
+    def state_dict(self) -> dict:
+        return {
+            "step": self.step_count.clone(),
+            "mu": dict(zip(self.names, self.mu, strict=True)),
+            "nu": dict(zip(self.names, self.nu, strict=True)),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        self.step_count.copy_(state["step"])
+        for slot, own in (("mu", self.mu), ("nu", self.nu)):
+            if set(state[slot]) != set(self.names):
+                raise ValueError(
+                    f"LaProp: expected moments of {len(self.names)} parameters, got "
+                    f"{len(state[slot])}; the checkpoint belongs to another model"
+                )
+            for name, tensor in zip(self.names, own, strict=True):
+                tensor.copy_(state[slot][name])

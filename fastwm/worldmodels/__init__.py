@@ -1,0 +1,1 @@
+"""World models: what is learned from replay."""

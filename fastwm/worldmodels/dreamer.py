@@ -1,0 +1,129 @@
+"""The DreamerV3 world model: encoder, RSSM, decoder, reward and continue heads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastwm import ops
+from fastwm.distributions import bernoulli_loss, image_mse, multi_categorical_loss, symlog_mse
+from fastwm.nets import Decoder, Encoder, Head, one_hot_encode
+from fastwm.rssm import RSSM, feat
+from fastwm.spaces import Space
+
+
+class Posterior(NamedTuple):
+    """What `observe` found: deter (B, T, D), logits (B, T, S, K), stoch (B, T, S, K)."""
+
+    deter: Tensor
+    logits: Tensor
+    stoch: Tensor
+
+
+class WorldModel(nn.Module):
+    """Learns from replay windows; `losses` returns one (B, T) tensor per term.
+
+    discount: factor folded into the target of the continue head (1 to leave it out).
+    """
+
+    def __init__(
+        self,
+        obs_space: dict[str, Space],
+        act_space: Space,
+        *,
+        encoder: dict,
+        decoder: dict,
+        rssm: dict,
+        reward: dict,
+        cont: dict,
+        free_nats: float,
+        bins: int,
+        discount: float,
+    ) -> None:
+        super().__init__()
+        self.obs_space, self.act_space = dict(obs_space), act_space
+        self.free_nats, self.discount = free_nats, discount
+        self.encoder = Encoder(obs_space, **encoder)
+        self.rssm = RSSM(self.encoder.out_features, act_space.encoded_size, **rssm)
+        self.decoder = Decoder(obs_space, self.rssm.deter, self.rssm.latent_size, **decoder)
+        self.reward = Head(self.rssm.feat_size, bins, **reward)
+        self.cont = Head(self.rssm.feat_size, 1, **cont)
+        self.register_buffer("reward_bins", ops.symexp_bins(bins), persistent=False)
+
+    def encode_action(self, action: Tensor) -> Tensor:  # (B, T, *shape) -> (B, T, A)
+        """What the environment took, as the networks read it."""
+        if self.act_space.kind == "discrete":
+            return one_hot_encode(action, self.act_space.classes, 2)
+        return action.float()
+
+    def observe(self, batch: dict[str, Tensor], noise: Tensor | None) -> tuple[Tensor, Posterior]:
+        """Tokens (B, T, E) and the posterior of a replay batch (see fastwm.replay)."""
+        tokens = self.encoder(batch)
+        post = self.rssm.observe(
+            batch["deter"].float(),
+            self.rssm.one_hot(batch["stoch"]),
+            tokens,
+            self.encode_action(batch["prev_action"]),
+            batch["is_first"],
+            noise,
+        )
+        return tokens, Posterior(*post)
+
+    def losses(self, batch: dict[str, Tensor], post: Posterior) -> tuple[dict, dict]:
+        """World-model losses by name, each (B, T), and metrics."""
+        features = feat(post.deter, post.stoch)
+        losses, metrics = self.kl_losses(post)
+        losses["rew"] = ops.twohot_loss(self.reward(features), batch["reward"], self.reward_bins)
+        alive = 1.0 - batch["is_terminal"].float()
+        losses["con"] = bernoulli_loss(self.cont(features).squeeze(-1), alive * self.discount)
+        recon = self.decoder(post.deter, post.stoch.flatten(-2))
+        losses.update(self.recon_losses(recon, batch))
+        return losses, metrics
+
+    def kl_losses(self, post: Posterior) -> tuple[dict, dict]:
+        prior = self.rssm.prior_logits(post.deter)
+        dyn, rep, post_entropy, prior_entropy = ops.kl_balance(
+            post.logits, prior, self.rssm.unimix, self.free_nats
+        )
+        metrics = {"dyn_ent": prior_entropy.mean(), "rep_ent": post_entropy.mean()}
+        return {"dyn": dyn, "rep": rep}, metrics
+
+    def recon_losses(self, recon: dict[str, Tensor], batch: dict[str, Tensor]) -> dict:
+        losses = {}
+        for key, space in self.obs_space.items():
+            if space.kind == "image":
+                loss = image_mse(recon[key], batch[key])
+            elif space.kind == "discrete":
+                loss = multi_categorical_loss(recon[key], batch[key], space.classes)
+            else:
+                loss = symlog_mse(recon[key], batch[key], len(space.shape))
+            losses[f"recon/{key}"] = loss
+        return losses
+
+    @torch.no_grad()
+    def open_loop(
+        self, batch: dict[str, Tensor], context: int, noise: Tensor, imag_noise: Tensor
+    ) -> dict[str, Tensor]:
+        """Reconstruct `context` rows, then predict the rest from actions alone.
+
+        Returns images (B, T, H, W, C) in [0, 1] by key. noise (B, context, S) and imag_noise
+        (T - context, B, S) are uniform.
+        """
+        seen = {key: value[:, :context] for key, value in batch.items() if value.dim() > 1}
+        seen["deter"], seen["stoch"] = batch["deter"], batch["stoch"]
+        _, post = self.observe(seen, noise)
+        actions = self.encode_action(batch["prev_action"])[:, context:]
+        steps = iter([*actions.unbind(1), torch.zeros_like(actions[:, 0])])
+        deter, stoch, _ = self.rssm.imagine(
+            post.deter[:, -1],
+            post.stoch[:, -1],
+            lambda deter, stoch: next(steps),
+            actions.shape[1],
+            imag_noise,
+        )
+        deter = torch.cat([post.deter, deter[:, 1:]], 1)
+        stoch = torch.cat([post.stoch, stoch[:, 1:]], 1)
+        recon = self.decoder(deter, stoch.flatten(-2))
+        return {key: recon[key] for key in self.decoder.image_keys}
