@@ -230,6 +230,11 @@ def stacked_image_shape(
     return height, width, sum(shape[2] for shape in shapes.values())
 
 
+def head_name(key: str) -> str:
+    """A module name for any observation key: no dots, and no clash with methods of the dict."""
+    return "obs_" + key.replace(".", "/")
+
+
 class Decoder(nn.Module):
     """State (deter, stoch) -> one prediction per observation key.
 
@@ -260,8 +265,9 @@ class Decoder(nn.Module):
             self.mlp = MLP(stoch + deter, units, layers)
             self.heads = nn.ModuleDict(
                 {
-                    key: Linear(units, obs_space[key].encoded_size, outscale=outscale)
-                    for key in self.vector_keys
+                    head_name(key): Linear(units, space.encoded_size, outscale=outscale)
+                    for key, space in obs_space.items()
+                    if key in self.vector_keys
                 }
             )
         if self.image_keys:
@@ -283,10 +289,9 @@ class Decoder(nn.Module):
         if self.vector_keys:
             x = self.mlp(torch.cat([stoch, deter], -1))
             for key in self.vector_keys:
-                flat = self.heads[key](x).float()
-                space = self.space[key]
-                shaped = flat.reshape(*flat.shape[:-1], *space.shape)
-                out[key] = flat if space.kind == "discrete" else shaped
+                out[key] = self.heads[head_name(key)](x).float()
+                if self.space[key].kind == "vector":
+                    out[key] = out[key].reshape(*deter.shape[:-1], *self.space[key].shape)
         if self.image_keys:
             out.update(self.decode_images(deter, stoch))
         return out

@@ -92,7 +92,7 @@ class RSSM(nn.Module):
         )
 
     def prior_logits(self, deter: Tensor) -> Tensor:  # (..., D) -> (..., S, K)
-        return ops.rssm_prior(self.weights(), deter)
+        return ops.rssm_prior(self.weights(), deter, self.stoch)
 
     @torch.no_grad()
     def imagine(

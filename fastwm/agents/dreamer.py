@@ -198,7 +198,7 @@ class DreamerAgent:
             last = min(config.imag_last or post.deter.shape[1], post.deter.shape[1])
             behavior, more, limits = self.behavior_losses(batch, post, last, noise, normalize)
         terms, metrics = terms | behavior, metrics | more
-        scales = asdict(config.loss)
+        scales = asdict(config.loss) | {"recon": config.loss.rec}
         total = sum(scales[name.split("/")[0]] * term.mean() for name, term in terms.items())
         return Losses(total, terms, metrics, post, limits)
 
