@@ -165,9 +165,7 @@ def imag_loss(
     value_loss = ops.twohot_loss(
         value_logits[:, :-1], (returns, slow_value[:, :-1]), bins, (1.0, slow_reg)
     )
-    return ImagOut(
-        -weight[:, :-1] * score, weight[:, :-1] * value_loss, returns, advantage, weight
-    )
+    return ImagOut(-weight[:, :-1] * score, weight[:, :-1] * value_loss, returns, advantage, weight)
 
 
 def repl_loss(

@@ -68,7 +68,9 @@ class BlockLinear(nn.Module):
                 f"BlockLinear: expected sizes divisible by blocks = {blocks}, "
                 f"got {in_features} -> {out_features}; change the number of blocks or the sizes"
             )
-        self.weight = nn.Parameter(torch.empty(blocks, in_features // blocks, out_features // blocks))
+        self.weight = nn.Parameter(
+            torch.empty(blocks, in_features // blocks, out_features // blocks)
+        )
         self.bias = nn.Parameter(torch.zeros(out_features))
         init_weight_(self.weight, in_features)
 
@@ -224,8 +226,8 @@ def stacked_image_shape(
     low, high = 3 << stages, 16 << stages
     if any(n % (1 << stages) or not low <= n <= high for n in (height, width)):
         raise ValueError(
-            f"Encoder: expected image height and width divisible by {1 << stages} and between {low} "
-            f"and {high} for {stages} stages, got {height}x{width}; set env.size or the mults"
+            f"Encoder: expected image height and width divisible by {1 << stages} and between "
+            f"{low} and {high} for {stages} stages, got {height}x{width}; set env.size or the mults"
         )
     return height, width, sum(shape[2] for shape in shapes.values())
 

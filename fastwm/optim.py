@@ -37,7 +37,9 @@ class LaProp:
         anneal: int,
     ) -> None:
         if schedule not in SCHEDULES:
-            raise ValueError(f"LaProp: expected schedule to be one of {SCHEDULES}, got {schedule!r}")
+            raise ValueError(
+                f"LaProp: expected schedule to be one of {SCHEDULES}, got {schedule!r}"
+            )
         if schedule != "const" and anneal <= warmup:
             raise ValueError(
                 f"LaProp: expected optim.anneal > warmup = {warmup} for schedule {schedule!r}, "

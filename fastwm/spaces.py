@@ -18,7 +18,7 @@ class Space:
 
     kind "image":      shape (H, W, C), uint8, observations only.
     kind "vector":     any shape, float32, observations only.
-    kind "discrete":   any shape, int32; `classes` holds one class count per element, so an action of
+    kind "discrete":   any shape, int32; `classes` holds a class count per element, so an action of
                        two choices with 3 and 5 options has shape (2,) and classes (3, 5).
     kind "continuous": shape (A,), float32 in [-1, 1], actions only.
     """
@@ -37,8 +37,8 @@ class Space:
         wanted = prod(self.shape) if self.kind == "discrete" else 0
         if len(self.classes) != wanted:
             raise ValueError(
-                f"Space: expected {wanted} class counts for kind {self.kind!r} of shape {self.shape}, "
-                f"got {self.classes}"
+                f"Space: expected {wanted} class counts for kind {self.kind!r} of shape "
+                f"{self.shape}, got {self.classes}"
             )
 
     @property

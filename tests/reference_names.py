@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,9 +63,8 @@ def our_name(name: str, stages: int) -> str:
     raise KeyError(name)
 
 
-def our_layout(array: np.ndarray) -> Tensor:
+def our_layout(tensor: Tensor) -> Tensor:
     """Linear (in, out) -> (out, in); convolution HWIO -> OIHW; block kernels stay."""
-    tensor = torch.from_numpy(np.asarray(array))
     if tensor.dim() == 2:
         return tensor.t()
     if tensor.dim() == 4:
@@ -74,7 +72,7 @@ def our_layout(array: np.ndarray) -> Tensor:
     return tensor
 
 
-def named(golden: dict[str, np.ndarray], group: str, stages: int) -> dict[str, Tensor]:
+def named(golden: dict[str, Tensor], group: str, stages: int) -> dict[str, Tensor]:
     """All tensors below `group/`, under our names and in our layout."""
     skip = ("retnorm/", "slowval_count/")
     out = {}
@@ -94,7 +92,7 @@ def load_parameters(module: nn.Module, tensors: dict[str, Tensor]) -> None:
             param.copy_(tensors[name])
 
 
-def spaces_of(golden: dict[str, np.ndarray]) -> tuple[dict[str, Space], Space]:
+def spaces_of(golden: dict[str, Tensor]) -> tuple[dict[str, Space], Space]:
     """Observation and action spaces, read off the replay rows."""
     taken = {"reward", "is_first", "is_last", "is_terminal", "action", "consec", "stepid"}
     obs_space = {}
@@ -103,14 +101,14 @@ def spaces_of(golden: dict[str, np.ndarray]) -> tuple[dict[str, Space], Space]:
         if name == key or name in taken or name.startswith("dyn/"):
             continue
         shape = array.shape[2:]
-        obs_space[name] = Space("image" if array.dtype == np.uint8 else "vector", shape)
+        obs_space[name] = Space("image" if array.dtype == torch.uint8 else "vector", shape)
     kernel = golden.get("params/pol/head/action/logits/kernel")
     if kernel is not None:
         return obs_space, Space("discrete", golden["data/action"].shape[2:], (kernel.shape[1],))
     return obs_space, Space("continuous", golden["data/action"].shape[2:])
 
 
-def count(golden: dict[str, np.ndarray], pattern: str) -> int:
+def count(golden: dict[str, Tensor], pattern: str) -> int:
     return sum(bool(re.fullmatch(f"params/{pattern}/kernel", key)) for key in golden)
 
 
@@ -121,7 +119,7 @@ def replace_groups(imag_horizon: int, **groups: dict) -> DreamerConfig:
     return replace(config, imag_horizon=imag_horizon, **parts)
 
 
-def config_of(golden: dict[str, np.ndarray]) -> DreamerConfig:
+def config_of(golden: dict[str, Tensor]) -> DreamerConfig:
     """The configuration whose networks have the sizes of the golden parameters."""
 
     def width(name: str, axis: int = -1, default: int = 8) -> int:

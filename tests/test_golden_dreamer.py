@@ -11,12 +11,14 @@ from tests.reference_names import config_of, count, load_parameters, named, spac
 
 FILES = ("dreamerv3_image_discrete", "dreamerv3_vector_continuous")
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 5e-4
-METRICS = "dyn_ent rep_ent adv adv_std adv_mag rew con ret val weight slowval ret_min ret_max ret_rate"
+METRICS = (
+    "dyn_ent rep_ent adv adv_std adv_mag rew con ret val weight slowval ret_min ret_max ret_rate"
+)
 
 
-def batch_of(golden: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+def batch_of(golden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The rows as replay gives them: row 0 carries latents and action only."""
-    data = {k.removeprefix("data/"): torch.from_numpy(v) for k, v in golden.items() if k[:5] == "data/"}
+    data = {k.removeprefix("data/"): v for k, v in golden.items() if k.startswith("data/")}
     action, deter, stoch = data.pop("action"), data.pop("dyn/deter"), data.pop("dyn/stoch")
     batch = {key: value[:, 1:] for key, value in data.items()}
     batch["prev_action"] = action[:, :-1]
@@ -48,10 +50,10 @@ def test_losses_match(case):
     ours = {name.removeprefix("recon/"): term for name, term in out.terms.items()}
     assert set(ours) == set(theirs)
     for name, term in ours.items():
-        want = torch.from_numpy(theirs[name])
+        want = theirs[name]
         assert term.shape == want.shape, name
         assert relative(term, want) < LOSS_TOLERANCE, name
-    total = torch.tensor(golden["loss_total"])
+    total = golden["loss_total"]
     assert relative(out.total, total) < LOSS_TOLERANCE
 
 

@@ -46,9 +46,7 @@ class RecurrentPolicy(nn.Module):
             raise ValueError(f"act: expected mode to be one of {MODES}, got {mode!r}")
         tokens = self.encoder({key: value.unsqueeze(1) for key, value in obs.items()})
         count = is_first.shape[0]
-        noise = torch.rand(
-            count, 1, self.rssm.stoch, generator=generator, device=generator.device
-        )
+        noise = torch.rand(count, 1, self.rssm.stoch, generator=generator, device=generator.device)
         deter, _, stoch = self.rssm.observe(
             state["deter"],
             state["stoch"],
