@@ -15,14 +15,16 @@ from pathlib import Path
 import torch
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_active = {"cpu": False, "cuda": False}  # device type -> its fused kernels can be called
-_state = {"cpu": "not built", "cuda": "not built"}  # the same, in words
+_kernels: dict[str, frozenset[str]] = {}  # device type -> raw ops that have a kernel there
+_names: frozenset[str] = frozenset()  # all raw ops
+_state = {"cpu": "not built", "cuda": "not built"}  # device type -> what became of its library
 _fused = True  # set by use_backend
 
 raw = torch.ops.fastwm  # the operators of csrc/ops.cpp; no autograd, no broadcasting
 
 
 def _load(name: str, device: str) -> None:
+    global _names
     found = sorted(_PACKAGE.glob(f"{name}.abi3.so")) or sorted(_PACKAGE.glob(f"{name}.pyd"))
     if not found:
         return
@@ -38,7 +40,14 @@ def _load(name: str, device: str) -> None:
             stacklevel=2,
         )
         return
-    _active[device], _state[device] = True, "active"
+    names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastwm::")]
+    _names = frozenset(n.removeprefix("fastwm::") for n in names)
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    keys = (device.upper(), "CompositeExplicitAutograd")
+    _kernels[device] = frozenset(
+        n.removeprefix("fastwm::") for n in names if any(has_kernel(n, key) for key in keys)
+    )
+    _state[device] = "active"
 
 
 def _load_all() -> None:
@@ -46,7 +55,7 @@ def _load_all() -> None:
         _state.update(cpu="disabled by FASTWM_DISABLE_EXT", cuda="disabled by FASTWM_DISABLE_EXT")
         return
     _load("_C", "cpu")
-    if not _active["cpu"]:
+    if "cpu" not in _kernels:
         _state["cuda"] = "needs _C"
     elif torch.version.cuda is None:
         _state["cuda"] = "this PyTorch has no CUDA"
@@ -57,12 +66,14 @@ def _load_all() -> None:
 _load_all()
 
 
-def available(where: torch.Tensor | torch.device | str) -> bool:
-    """Whether fused kernels run for this tensor or device."""
+def available(where: torch.Tensor | torch.device | str, op: str | None = None) -> bool:
+    """Whether a fused kernel runs for raw op `op` on this tensor's device; without `op`: for all."""
     if isinstance(where, torch.Tensor):
         where = where.device
     kind = where.split(":")[0] if isinstance(where, str) else where.type
-    return _fused and _active.get(kind, False)
+    if not _fused or kind not in _kernels:
+        return False
+    return _names <= _kernels[kind] if op is None else op in _kernels[kind]
 
 
 def fused_wanted() -> bool:
@@ -90,16 +101,16 @@ def use_backend(name: str) -> Iterator[None]:
 def backend_info() -> dict[str, str]:
     """What is active, as text: torch, CPU and CUDA state, instruction set, how it was built."""
     info = {"torch": torch.__version__, "cpu": _state["cpu"], "cuda": _state["cuda"]}
-    if _active["cpu"]:
+    if "cpu" in _kernels:
         info["cpu_capability"] = raw.cpu_capability()
         info["build"] = raw.build_info()
-    info["backend"] = "fused" if _fused and any(_active.values()) else "reference"
+    info["backend"] = "fused" if _fused and _kernels else "reference"
     return info
 
 
 def register_fake(name: str) -> Callable:
     """Decorator: the shape function of raw op `name`, if the library that defines it is loaded."""
-    if not _active["cpu"]:
+    if "cpu" not in _kernels:
         return lambda function: function
     return torch.library.register_fake(f"fastwm::{name}")
 

@@ -55,7 +55,7 @@ def lambda_return(
     Numerics: float32 has fused kernels; other floating dtypes run the reference.
     """
     trace = _check(reward, value, discount, trace)
-    if not (available(value) and value.dtype == torch.float32):
+    if value.dtype != torch.float32 or not available(value, "lambda_return"):
         return lambda_return_ref(reward, value, discount, trace)
     if wants_grad(reward, value, discount):
         return _LambdaReturn.apply(reward, value, discount, trace)
