@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from fastwm.settings import ConfigError, bare, coerce, literal, toml, type_name, unknown
+from fastwm.settings import ConfigError, coerce, literal, toml, type_name, unknown, write_toml
 
 
-def _key(default: Any, help: str, low: float | None = None, high: float | None = None,
-         fixed: bool = False) -> Any:
+def _key(
+    default: Any,
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    fixed: bool = False,
+) -> Any:
     """A field. `fixed`: a run folder that was started with another value cannot be continued."""
     limits = {"help": help, "low": low, "high": high, "fixed": fixed}
     if isinstance(default, dict):
@@ -32,7 +37,9 @@ def _group(schema: type) -> Any:
 
 @dataclass(frozen=True)
 class Env:
-    action_repeat: int = _key(1, "env frames per agent decision", 1, fixed=True)
+    action_repeat: int | None = _key(
+        None, "frames per decision; none: as usual for the task", 1, fixed=True
+    )
     size: tuple[int, int] = _key((64, 64), "image height and width, pixels", 1, fixed=True)
     options: dict = _key({}, "anything else for the adapter: --env.options.NAME VALUE", fixed=True)
 
@@ -180,8 +187,11 @@ class DreamerConfig:
     """DreamerV3. The defaults are those of the reference's newest version."""
 
     algorithm: str = _key("dreamerv3", "what trains", fixed=True)
-    task: str = _key("cartpole", "cartpole, atari_pong, dmc_walker_walk, envpool:ID, gymnasium:ID, "
-                                 "package.module:factory", fixed=True)
+    task: str = _key(
+        "cartpole",
+        "cartpole, atari_pong, dmc_walker_walk, envpool:ID, gymnasium:ID, package.module:factory",
+        fixed=True,
+    )
     logdir: str = _key("", "run folder; empty: runs/<algorithm>-<task>-<time>")
     seed: int = _key(0, "of networks, actions, sampling and environments", 0, fixed=True)
     device: Literal["auto", "cpu", "cuda"] = _key("auto", "where networks run")
@@ -217,10 +227,11 @@ class DreamerConfig:
 
 
 SCHEMAS: dict[str, type] = {"dreamerv3": DreamerConfig, "random": DreamerConfig}
-DEFAULT_PRESETS = {"dreamerv3": ("cartpole",), "random": ("cartpole",)}   # when none is named
+DEFAULT_PRESETS = {"dreamerv3": ("cartpole",), "random": ("cartpole",)}  # when none is named
 
 
 # ---- reading
+
 
 def load(argv: Sequence[str]) -> tuple[Any, dict[str, str]]:
     """Settings from a command line.
@@ -230,6 +241,9 @@ def load(argv: Sequence[str]) -> tuple[Any, dict[str, str]]:
     Raises:  ConfigError with key, value, expected type and origin. SystemExit(0) after --help.
     """
     names, overrides, wanted = _split(argv)
+    stored = Path(overrides.get("logdir", "")) / "config.toml"
+    if not names and "logdir" in overrides and stored.is_file():  # go on with what that run is
+        names = [str(stored)]
     algorithm, presets = _algorithm(names)
     config, origins = resolve(algorithm, presets, overrides)
     if wanted is not None:
@@ -238,8 +252,9 @@ def load(argv: Sequence[str]) -> tuple[Any, dict[str, str]]:
     return config, origins
 
 
-def resolve(algorithm: str, presets: Sequence[str | Path] = (),
-            overrides: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, str]]:
+def resolve(
+    algorithm: str, presets: Sequence[str | Path] = (), overrides: Mapping[str, Any] | None = None
+) -> tuple[Any, dict[str, str]]:
     """Defaults, then each preset, then overrides by dotted key.
 
     Args:    algorithm: a key of SCHEMAS. presets: names in configs/ or paths of TOML files; none:
@@ -257,8 +272,10 @@ def resolve(algorithm: str, presets: Sequence[str | Path] = (),
         _overlay(values, origins, hints, _flat(_read(path)), f"{path.parent.name}/{path.name}")
     _overlay(values, origins, hints, dict(overrides or {}), "command line")
     if values["algorithm"] != algorithm:
-        raise ConfigError(f"algorithm: expected {algorithm!r}, got {values['algorithm']!r} "
-                          f"(from {origins['algorithm']}); name that algorithm first")
+        raise ConfigError(
+            f"algorithm: expected {algorithm!r}, got {values['algorithm']!r} "
+            f"(from {origins['algorithm']}); name that algorithm first"
+        )
     config = _build(SCHEMAS[algorithm], values)
     _check(config, origins)
     return config, origins
@@ -295,7 +312,7 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in preset_folder().glob("*.toml"))
 
 
-_EMPTY = Path("-")   # a preset without values: switches the default presets off
+_EMPTY = Path("-")  # a preset without values: switches the default presets off
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -338,8 +355,9 @@ def _algorithm(names: list[str]) -> tuple[str, list[str]]:
     """The algorithm among the names, and the presets. A resolved config.toml names its own."""
     found = [name for name in names if name in SCHEMAS]
     if len(found) > 1:
-        raise ConfigError(f"algorithm: expected one of {', '.join(SCHEMAS)}, "
-                          f"got {' and '.join(found)}")
+        raise ConfigError(
+            f"algorithm: expected one of {', '.join(SCHEMAS)}, got {' and '.join(found)}"
+        )
     presets = [name for name in names if name not in SCHEMAS]
     if found:
         return found[0], presets
@@ -354,6 +372,7 @@ def _algorithm(names: list[str]) -> tuple[str, list[str]]:
 
 
 # ---- schema
+
 
 def _hints(schema: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
     """(dotted key, (type, dataclass field)) of every setting, in order."""
@@ -382,13 +401,11 @@ def differences(old: Any, new: Any) -> list[tuple[str, Any, Any, bool]]:
         return [("algorithm", old.algorithm, new.algorithm, True)]
     before, after = flatten(old), flatten(new)
     fixed = {key: item.metadata["fixed"] for key, (_, item) in _hints(type(new))}
-    return [(key, before[key], after[key], fixed[key]) for key in after
-            if key != "logdir" and before[key] != after[key]]
-
-
-def with_values(config: Any, **values: Any) -> Any:
-    """A copy with other top-level values."""
-    return replace(config, **values)
+    return [
+        (key, before[key], after[key], fixed[key])
+        for key in after
+        if key != "logdir" and before[key] != after[key]
+    ]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -432,9 +449,11 @@ def _build(schema: type, values: Mapping[str, Any], prefix: str = "") -> Any:
 
 def _check(config: Any, origins: Mapping[str, str]) -> None:
     """What one setting alone cannot say."""
+
     def refuse(key: str, expected: str) -> None:
-        raise ConfigError(f"{key}: expected {expected}, got {flatten(config)[key]!r} "
-                          f"(from {origins[key]})")
+        raise ConfigError(
+            f"{key}: expected {expected}, got {flatten(config)[key]!r} (from {origins[key]})"
+        )
 
     if not config.task:
         refuse("task", "a task; give --task NAME")
@@ -447,26 +466,18 @@ def _check(config: Any, origins: Mapping[str, str]) -> None:
     if config.optim.schedule != "const" and config.optim.anneal <= 0:
         refuse("optim.anneal", f"updates for schedule {config.optim.schedule!r}")
     if config.replay.capacity < config.envs * (config.batch_length + 1):
-        refuse("replay.capacity", f"at least envs * (batch_length + 1) = "
-                                  f"{config.envs * (config.batch_length + 1)}")
+        refuse(
+            "replay.capacity",
+            f"at least envs * (batch_length + 1) = {config.envs * (config.batch_length + 1)}",
+        )
 
 
 # ---- writing
 
+
 def to_toml(config: Any) -> str:
     """The whole config as TOML; a valid preset."""
-    tables: dict[str, list[str]] = {"": []}
-    for key, value in flatten(config).items():
-        group, _, name = key.rpartition(".")
-        if isinstance(value, dict):
-            tables[key] = [f"{bare(k)} = {toml(v)}" for k, v in value.items()]
-        else:
-            tables.setdefault(group, []).append(f"{name} = {toml(value)}")
-    lines = tables.pop("")
-    for group, entries in tables.items():
-        if entries:
-            lines += ["", f"[{group}]", *entries]
-    return "\n".join(lines) + "\n"
+    return write_toml(flatten(config))
 
 
 def describe(config: Any, origins: Mapping[str, str], wanted: str = "") -> str:
@@ -475,7 +486,9 @@ def describe(config: Any, origins: Mapping[str, str], wanted: str = "") -> str:
         "python -m fastwm.train ALGORITHM [PRESET ...] [--dotted.key value ...] [--help [FILTER]]",
         f"algorithms: {' '.join(SCHEMAS)}   (a PRESET may also be the path of a TOML file)",
         f"presets:    {' '.join(preset_names())}",
-        f"without a preset: {' '.join(DEFAULT_PRESETS[config.algorithm])}", ""]
+        f"without a preset: {' '.join(DEFAULT_PRESETS[config.algorithm])}",
+        "",
+    ]
     flat = flatten(config)
     for key, (hint, item) in _hints(type(config)):
         meaning = item.metadata["help"]

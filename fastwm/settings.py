@@ -23,15 +23,20 @@ def coerce(key: str, value: Any, hint: Any, item: Any, origin: str) -> Any:
         result = _convert(value, hint)
     except (ValueError, TypeError, OverflowError):
         raise ConfigError(
-            f"{key}: expected {type_name(hint)}, got {value!r} (from {origin})") from None
+            f"{key}: expected {type_name(hint)}, got {value!r} (from {origin})"
+        ) from None
     low, high = item.metadata["low"], item.metadata["high"]
     for number in result if isinstance(result, tuple) else (result,):
         if isinstance(number, (int, float)) and not isinstance(number, bool):
-            if number != number or (low is not None and number < low) or (
-                    high is not None and number > high):
+            if (
+                number != number
+                or (low is not None and number < low)
+                or (high is not None and number > high)
+            ):
                 limits = f">= {low}" if high is None else f"between {low} and {high}"
-                raise ConfigError(f"{key}: expected {type_name(hint)} {limits}, got {value!r} "
-                                  f"(from {origin})")
+                raise ConfigError(
+                    f"{key}: expected {type_name(hint)} {limits}, got {value!r} (from {origin})"
+                )
     return result
 
 
@@ -99,8 +104,13 @@ def type_name(hint: Any) -> str:
     if origin is tuple:
         count = "" if args[-1] is Ellipsis else f"{len(args)} "
         return f"{count}integers like 1,2" if args[0] is int else f"{count}numbers like 1,2"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "text",
-            dict: "options"}[hint]
+    return {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        dict: "options",
+    }[hint]
 
 
 def unknown(what: str, name: str, known: Sequence[str], origin: str) -> str:
@@ -129,3 +139,19 @@ def toml(value: Any) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     return repr(value)
+
+
+def write_toml(flat: Mapping[str, Any]) -> str:
+    """Dotted keys and values as a TOML file with one table per group."""
+    tables: dict[str, list[str]] = {"": []}
+    for key, value in flat.items():
+        group, _, name = key.rpartition(".")
+        if isinstance(value, dict):
+            tables[key] = [f"{bare(k)} = {toml(v)}" for k, v in value.items()]
+        else:
+            tables.setdefault(group, []).append(f"{name} = {toml(value)}")
+    lines = tables.pop("")
+    for group, entries in tables.items():
+        if entries:
+            lines += ["", f"[{group}]", *entries]
+    return "\n".join(lines) + "\n"

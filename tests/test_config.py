@@ -43,10 +43,25 @@ def test_alone_is_cartpole():
 
 
 def test_values_take_the_type_of_the_key():
-    config, _ = cfg.load([
-        "dreamerv3", "--steps", "1e6", "--env.size", "96,80", "--eval.stop_at", "475",
-        "--log.tensorboard", "False", "--encoder.mults=1,2", "--env.options.gray", "true",
-        "--env.options.name", "abc", "--retnorm.low=-0"])
+    config, _ = cfg.load(
+        [
+            "dreamerv3",
+            "--steps",
+            "1e6",
+            "--env.size",
+            "96,80",
+            "--eval.stop_at",
+            "475",
+            "--log.tensorboard",
+            "False",
+            "--encoder.mults=1,2",
+            "--env.options.gray",
+            "true",
+            "--env.options.name",
+            "abc",
+            "--retnorm.low=-0",
+        ]
+    )
     assert config.steps == 10**6 and isinstance(config.steps, int)
     assert config.env.size == (96, 80) and config.encoder.mults == (1, 2)
     assert config.eval.stop_at == 475.0 and config.log.tensorboard is False
@@ -58,29 +73,32 @@ def test_values_may_be_negative():
     assert cfg.load(["dreamerv3", "--eval.stop_at", "-150"])[0].eval.stop_at == -150
 
 
-@pytest.mark.parametrize("argv, parts", [
-    (["--rssm.detr", "5"], ["unknown key 'rssm.detr'", "rssm.deter", "command line"]),
-    (["--deter", "5"], ["unknown key 'deter'", "rssm.deter"]),
-    (["--rssm.deter", "5.5"], ["rssm.deter: expected an integer, got '5.5'", "command line"]),
-    (["--rssm.deter", "many"], ["rssm.deter: expected an integer, got 'many'"]),
-    (["--batch_size", "true"], ["batch_size: expected an integer, got 'true'"]),
-    (["--batch_size", "0"], ["batch_size: expected an integer >= 1, got '0'"]),
-    (["--optim.lr", "nan"], ["optim.lr", "nan"]),
-    (["--lam", "1.5"], ["lam: expected a number between 0 and 1, got '1.5'"]),
-    (["--device", "gpu"], ["device: expected one of 'auto', 'cpu', 'cuda', got 'gpu'"]),
-    (["--contdisc", "1"], ["contdisc: expected true or false, got '1'"]),
-    (["--env.size", "64"], ["env.size: expected 2 integers", "'64'"]),
-    (["--rssm.deter", "100"], ["rssm.deter: expected a multiple of rssm.blocks = 8, got 100"]),
-    (["--optim.schedule", "linear"], ["optim.anneal"]),
-    (["--replay.capacity", "10"], ["replay.capacity: expected at least"]),
-    (["--seed"], ["seed: expected a value after --seed"]),
-    (["--seed", "--task", "x"], ["seed: expected a value"]),
-    (["-x"], ["'-x'"]),
-    (["atari10k"], ["unknown preset 'atari10k'", "atari100k"]),
-    (["nowhere/x.toml"], ["expected an existing TOML file", "nowhere/x.toml"]),
-    (["minecraft"], ["task: expected a task", "--task"]),
-    (["random"], ["expected one of", "dreamerv3 and random"]),
-])
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--rssm.detr", "5"], ["unknown key 'rssm.detr'", "rssm.deter", "command line"]),
+        (["--deter", "5"], ["unknown key 'deter'", "rssm.deter"]),
+        (["--rssm.deter", "5.5"], ["rssm.deter: expected an integer, got '5.5'", "command line"]),
+        (["--rssm.deter", "many"], ["rssm.deter: expected an integer, got 'many'"]),
+        (["--batch_size", "true"], ["batch_size: expected an integer, got 'true'"]),
+        (["--batch_size", "0"], ["batch_size: expected an integer >= 1, got '0'"]),
+        (["--optim.lr", "nan"], ["optim.lr", "nan"]),
+        (["--lam", "1.5"], ["lam: expected a number between 0 and 1, got '1.5'"]),
+        (["--device", "gpu"], ["device: expected one of 'auto', 'cpu', 'cuda', got 'gpu'"]),
+        (["--contdisc", "1"], ["contdisc: expected true or false, got '1'"]),
+        (["--env.size", "64"], ["env.size: expected 2 integers", "'64'"]),
+        (["--rssm.deter", "100"], ["rssm.deter: expected a multiple of rssm.blocks = 8, got 100"]),
+        (["--optim.schedule", "linear"], ["optim.anneal"]),
+        (["--replay.capacity", "10"], ["replay.capacity: expected at least"]),
+        (["--seed"], ["seed: expected a value after --seed"]),
+        (["--seed", "--task", "x"], ["seed: expected a value"]),
+        (["-x"], ["'-x'"]),
+        (["atari10k"], ["unknown preset 'atari10k'", "atari100k"]),
+        (["nowhere/x.toml"], ["expected an existing TOML file", "nowhere/x.toml"]),
+        (["minecraft"], ["task: expected a task", "--task"]),
+        (["random"], ["expected one of", "dreamerv3 and random"]),
+    ],
+)
 def test_bad_input(argv, parts):
     text = message("dreamerv3", *argv)
     assert "\n" not in text
@@ -104,7 +122,7 @@ def test_bad_file_names_itself(tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_loads_and_reads_back(preset, tmp_path):
-    config, _ = cfg.load(["dreamerv3", preset, "--task", "x", "--env.options.note", "a\"b\\c"])
+    config, _ = cfg.load(["dreamerv3", preset, "--task", "x", "--env.options.note", 'a"b\\c'])
     path = tmp_path / "config.toml"
     path.write_text(cfg.to_toml(config))
     assert cfg.load([str(path)])[0] == config
@@ -115,12 +133,12 @@ def test_every_preset_loads_and_reads_back(preset, tmp_path):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_hold_only_differences(preset):
     """The values of size200m are the defaults; every other preset states what deviates."""
-    if preset == "size200m":   # whoever stacks it after another size wants all of it
+    if preset == "size200m":  # whoever stacks it after another size wants all of it
         return
     plain = cfg.flatten(cfg.DreamerConfig())
     tree = tomllib.loads((cfg.preset_folder() / f"{preset}.toml").read_text())
     given = cfg.flatten(cfg.load(["dreamerv3", preset, "--task", "x"])[0])
-    allowed = {"task", "envs", "train_ratio"}   # a benchmark states these even where default
+    allowed = {"task", "envs", "train_ratio"}  # a benchmark states these even where default
     same = [k for k in cfg._flat(tree) if k in given and given[k] == plain[k] and k not in allowed]
     assert not same
 

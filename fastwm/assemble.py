@@ -1,0 +1,189 @@
+"""Puts the pieces of a run together from its configuration, for the command lines."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastwm import checkpoint, envs, ops
+from fastwm import config as settings
+from fastwm.log import Logger
+from fastwm.loops.evaluate import seed_of
+from fastwm.loops.online import OnlineRun
+from fastwm.replay import Replay
+from fastwm.spaces import Space
+
+AGENTS = {
+    "dreamerv3": "fastwm.agents.dreamer:DreamerAgent",
+    "random": "fastwm.agents.random:RandomAgent",
+}
+# What a person can put right: shown as one line, without a traceback.
+MISTAKES = (
+    settings.ConfigError,
+    checkpoint.CheckpointError,
+    envs.UnknownTaskError,
+    envs.EnvSpaceError,
+    envs.MissingPackageError,
+)
+
+
+def online_run(config: Any, folder: Path, logger_state: dict | None = None) -> OnlineRun:
+    """Environments, agent, replay and logger of a training run."""
+    set_up_torch(config)
+    vec_env = make_envs(config)(config.envs, seed_of(config.seed, 0))
+    agent = make_agent(config, vec_env.obs_space, vec_env.act_space)
+    logger = Logger(
+        folder,
+        steps=config.steps,
+        action_repeat=vec_env.action_repeat,
+        every_s=config.log.every_s,
+        tensorboard=config.log.tensorboard,
+        deterministic=config.deterministic,
+        resume=logger_state,
+    )
+    return OnlineRun(
+        config,
+        agent,
+        vec_env,
+        make_replay(config, agent, folder),
+        logger,
+        make_envs(config),
+        folder,
+    )
+
+
+def set_up_torch(config: Any) -> None:
+    """Process-wide switches; only command lines may turn them."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing
+
+
+def make_envs(config: Any) -> Any:
+    """(num_envs, seed) -> VecEnv of the configured task."""
+    options = {
+        "size": config.env.size,
+        "action_repeat": config.env.action_repeat,
+        **config.env.options,
+    }
+    return lambda num_envs, seed: envs.make(config.task, num_envs, seed, **options)
+
+
+def make_agent(config: Any, obs_space: dict[str, Space], act_space: Space) -> Any:
+    module, _, name = AGENTS[config.algorithm].partition(":")
+    build = getattr(importlib.import_module(module), name)
+    return build(obs_space, act_space, config, device=device_of(config), seed=config.seed)
+
+
+def device_of(config: Any) -> str:
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise settings.ConfigError(
+            "device: expected a CUDA device for 'cuda', found none; "
+            "use --device cpu, or see python -m fastwm.doctor"
+        )
+    return config.device
+
+
+def make_replay(config: Any, agent: Any, folder: Path) -> Replay | None:
+    spec, options = agent.replay_spec(), config.replay
+    if spec is None:
+        return None
+    try:
+        return Replay(
+            spec,
+            config.envs,
+            options.capacity,
+            config.batch_length,
+            online=options.online,
+            seed=seed_of(config.seed, 2),
+            storage=options.storage,
+            directory=folder / "ring" if options.storage == "mmap" else None,
+            force=options.force,
+        )
+    except ValueError as error:
+        raise settings.ConfigError(str(error)) from None
+
+
+def run_folder(config: Any) -> Path:
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in config.task)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path(config.logdir or f"runs/{config.algorithm}-{name}-{stamp}")
+
+
+def open_folder(config: Any, folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The checkpoint to go on from, if any, and lines about settings that changed since.
+
+    Writes config.toml once it is clear that the folder belongs to this configuration.
+    """
+    stored = None
+    if (folder / "checkpoint" / "latest.pt").exists():
+        stored = checkpoint.load(folder / "checkpoint" / "latest.pt")
+        old = settings.from_dict(tomllib.loads(stored["config"]))
+    elif (folder / "config.toml").is_file():
+        old = settings.resolve(*_algorithm_of(folder))[0]
+    else:
+        old = config
+    notes = checkpoint.compare(settings.differences(old, config), folder)
+    checkpoint.write_text(folder / "config.toml", settings.to_toml(config))
+    return stored, notes
+
+
+def _algorithm_of(folder: Path) -> tuple[str, list[Path]]:
+    path = folder / "config.toml"
+    return str(tomllib.loads(path.read_text())["algorithm"]), [path]
+
+
+def announce(run: OnlineRun, origins: dict[str, str] | None = None) -> None:
+    """What a person wants to know before waiting for hours."""
+    config, agent, say = run.config, run.agent, run.logger.say
+    threads = f", {torch.get_num_threads()} threads" if agent.device.type == "cpu" else ""
+    say(f"run      {run.folder}   (tensorboard --logdir {run.folder.parent})")
+    say(
+        f"task     {config.task}: {config.envs} envs, observations "
+        f"{ {k: s.shape for k, s in agent.obs_space.items()} }, actions "
+        f"{agent.act_space.kind} {agent.act_space.classes or agent.act_space.shape}"
+    )
+    say(f"device   {agent.device}{threads}, precision {config.precision}")
+    say("kernels  " + ", ".join(f"{k} {v}" for k, v in ops.backend_info().items()))
+    if run.replay is None:
+        return
+    counts = agent.parameter_counts()
+    say(
+        f"network  {counts['total']:,} parameters ("
+        + ", ".join(f"{k} {v:,}" for k, v in counts.items() if k != "total")
+        + ")"
+    )
+    say(run.replay.announce())
+    per_step = config.train_ratio / (config.batch_size * config.batch_length)
+    say(
+        f"training {per_step:.4g} updates per env_step (train_ratio {config.train_ratio:g} "
+        f"replayed rows per env_step, {config.batch_size} x {config.batch_length} rows per update)"
+    )
+
+
+def load_run(run: str, which: str) -> tuple[Any, Any, Path, list[str]]:
+    """Config, agent ready to act, the file it came from, and what was wrong with other files."""
+    stored, path, troubles = checkpoint.load_any(run, which)
+    try:
+        config = settings.from_dict(tomllib.loads(stored["config"]))
+        spaces = {key: Space.from_dict(space) for key, space in stored["obs_space"].items()}
+        act_space = Space.from_dict(stored["act_space"])
+    except (KeyError, TypeError) as error:
+        raise checkpoint.CheckpointError(
+            f"checkpoint: expected a training checkpoint in {path}, found none of its "
+            f"parts ({error}); policy.pt is for fastwm.load_policy"
+        ) from None
+    agent = make_agent(config, spaces, act_space)
+    agent.load_state_dict(stored["agent"])
+    return config, agent, path, troubles

@@ -1,0 +1,344 @@
+"""What a run tells: metrics.jsonl always, TensorBoard, GIF videos, and one line in the terminal.
+
+Names are paths: train/ episode/ eval/ replay/ speed/, with a few short names beside them that
+TensorBoard readers look for (SHORT). docs/metrics.md lists each with its unit.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+# Short name -> the metrics whose sum it is; names that end in / stand for all below.
+SHORT = {
+    "eval_return": ("eval/return",),
+    "model_loss": (
+        "train/loss/recon/",
+        "train/loss/rew",
+        "train/loss/con",
+        "train/loss/dyn",
+        "train/loss/rep",
+    ),
+    "actor_loss": ("train/loss/policy",),
+    "value_loss": ("train/loss/value",),
+    "kl_divergence": ("train/loss/dyn",),
+}
+SECTIONS = ("env", "policy", "replay", "copy", "learner", "log", "eval")
+
+
+class Mean:
+    """Means of 0-d tensors over calls, without waiting for the device until they are read."""
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.sums: list[torch.Tensor] = []
+        self.count = 0
+
+    def add(self, metrics: Mapping[str, torch.Tensor | float]) -> None:
+        values = [torch.as_tensor(value).detach().float() for value in metrics.values()]
+        if self.count and tuple(metrics) == self.names:
+            if self.sums[0].device != values[0].device:  # restored sums come from the CPU
+                self.sums = [total.to(values[0].device) for total in self.sums]
+            torch._foreach_add_(self.sums, values)
+            self.count += 1
+        else:  # the first call, or an agent that changed what it reports: start over
+            self.names, self.count = tuple(metrics), 1
+            self.sums = [value.clone() for value in values]
+
+    def read(self) -> dict[str, float]:
+        """The means since the last read. One transfer for all of them."""
+        if not self.count:
+            return {}
+        means = (torch.stack([total.reshape(()) for total in self.sums]) / self.count).tolist()
+        self.count = 0
+        return dict(zip(self.names, means, strict=True))
+
+    def state_dict(self) -> dict:
+        return {
+            "names": list(self.names),
+            "sums": [s.cpu().clone() for s in self.sums],
+            "count": self.count,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.names, self.count = tuple(state["names"]), state["count"]
+        self.sums = list(state["sums"])
+
+
+class Stopwatch:
+    """Seconds per section of the loop; `with stopwatch("env"): ...`. Sections do not nest."""
+
+    def __init__(self) -> None:
+        self.spent = dict.fromkeys(SECTIONS, 0.0)
+        self.since = time.perf_counter()
+        self.section = ""
+
+    def __call__(self, section: str) -> Stopwatch:
+        self.section = section
+        return self
+
+    def __enter__(self) -> None:
+        self.entered = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self.spent[self.section] += time.perf_counter() - self.entered
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the last read, and each section's share; with `other` they sum to 1."""
+        now = time.perf_counter()
+        total = max(now - self.since, 1e-9)
+        shares = {section: spent / total for section, spent in self.spent.items()}
+        shares["other"] = max(0.0, 1.0 - sum(shares.values()))
+        self.spent, self.since = dict.fromkeys(SECTIONS, 0.0), now
+        return total, shares
+
+
+class Logger:
+    """Collects numbers and writes them every log interval.
+
+    Args: run: the run folder. steps: env_steps of the whole run. action_repeat: frames per
+          env_step. every_s: seconds between refreshes of the terminal line, 0 for none.
+          tensorboard: write event files. deterministic: leave times out of metrics.jsonl, so that
+          equal runs give equal bytes. resume: state_dict() of the run that goes on, or None.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        steps: int,
+        action_repeat: int = 1,
+        every_s: float = 0.5,
+        tensorboard: bool = True,
+        deterministic: bool = False,
+        resume: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run, self.steps, self.action_repeat = Path(run), steps, action_repeat
+        self.deterministic = deterministic
+        self.time = Stopwatch()
+        self.train = Mean()
+        self.now: dict[str, float] = {}  # values that wait for the next row
+        self.episodes: list[tuple[float, int]] = []  # score, length since the last row
+        self.last = {"env_steps": 0, "updates": 0}
+        self.shown: dict[str, float] = {}
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.run / "metrics.jsonl", "ab")
+        self._load(
+            resume
+            or {
+                "bytes": 0,
+                "train": self.train.state_dict(),
+                "now": {},
+                "episodes": [],
+                "last": dict(self.last),
+            }
+        )
+        self.board = _open_board(self.run, self.last["env_steps"]) if tensorboard else None
+        self.bar = _open_bar(steps, self.last["env_steps"], every_s) if every_s else None
+
+    def episode(self, score: float, length: int) -> None:
+        """One finished training episode: sum of rewards, number of actions."""
+        self.episodes.append((float(score), int(length)))
+
+    def set(self, values: Mapping[str, float]) -> None:
+        """Numbers for the next row, under their full names."""
+        self.now.update({name: float(value) for name, value in values.items()})
+
+    def write(self, env_steps: int, updates: int) -> dict[str, Any]:
+        """Put what was collected into a row of metrics.jsonl and TensorBoard; returns it."""
+        values = {f"train/{name}": value for name, value in self.train.read().items()}
+        if self.episodes:
+            scores, lengths = zip(*self.episodes, strict=True)
+            values |= {
+                "episode/score": float(np.mean(scores)),
+                "episode/score_max": max(scores),
+                "episode/length": float(np.mean(lengths)),
+                "episode/count": len(scores),
+            }
+        values |= self.now
+        values |= _short_names(values)
+        speed = self._speed(env_steps, updates)
+        self.episodes, self.now = [], {}
+        self.shown |= {name: v for name, v in (values | speed).items() if _shown(name)}
+        counters = {
+            "env_steps": env_steps,
+            "updates": updates,
+            "frames": env_steps * self.action_repeat,
+        }
+        row = counters | values | ({} if self.deterministic else speed)
+        row = {name: _number(value) for name, value in row.items()}
+        self.file.write((json.dumps(row) + "\n").encode())
+        self.file.flush()
+        if self.board:
+            for name, value in (values | speed).items():
+                self.board.add_scalar(name, value, env_steps)
+        self.last = {"env_steps": env_steps, "updates": updates}
+        return row
+
+    def tick(self, env_steps: int, updates: int) -> None:
+        """Refresh the terminal line if it is time."""
+        if not self.bar:
+            return
+        ratio = f"{updates / max(env_steps, 1):.3g}"
+        shares = " ".join(
+            f"{name.rpartition('_')[2]} {value:.0%}"
+            for name, value in self.shown.items()
+            if name.startswith("speed/share_") and value >= 0.005
+        )
+        texts = [f"updates {updates} ({ratio} per env_step)"]
+        for word, name in (("return", "episode/score"), ("eval", "eval/return")):
+            texts += [f"{word} {self.shown[name]:.4g}"] if name in self.shown else []
+        self.bar.set_postfix_str(" | ".join([*texts, shares] if shares else texts), refresh=False)
+        self.bar.update(env_steps - self.bar.n)
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        if self.bar:
+            self.bar.write(text, file=sys.stdout)
+        else:
+            print(text)
+        sys.stdout.flush()
+
+    def video(self, name: str, frames: np.ndarray, env_steps: int, fps: int = 15) -> Path:
+        """A video as <run>/videos/<name>-<env_steps>.gif and in TensorBoard.
+
+        Args: frames: (T, H, W, 3) uint8. Returns: the file's path.
+        """
+        path = self.run / "videos" / f"{name.replace('/', '_')}-{env_steps:09d}.gif"
+        data = gif(frames, fps)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        if self.board:
+            _add_gif(self.board, name, data, frames.shape, env_steps)
+            self.board.add_image(f"{name}_last", frames[-1], env_steps, dataformats="HWC")
+        return path
+
+    def state_dict(self) -> dict:
+        """Where the log stands: what lies beyond it is cut off when a run resumes from here."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return {
+            "bytes": self.file.tell(),
+            "train": self.train.state_dict(),
+            "now": dict(self.now),
+            "episodes": list(self.episodes),
+            "last": dict(self.last),
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.file.truncate(min(state["bytes"], self.file.seek(0, os.SEEK_END)))
+        self.file.seek(0, os.SEEK_END)
+        self.train.load_state_dict(state["train"])
+        self.now, self.last = dict(state["now"]), dict(state["last"])
+        self.episodes = [tuple(item) for item in state["episodes"]]
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.bar:
+            self.bar.close()
+
+    def _speed(self, env_steps: int, updates: int) -> dict[str, float]:
+        seconds, shares = self.time.read()
+        stepped, updated = env_steps - self.last["env_steps"], updates - self.last["updates"]
+        return {
+            "speed/env_steps_per_s": stepped / seconds,
+            "speed/updates_per_s": updated / seconds,
+            "speed/updates_per_env_step": updated / max(stepped, 1),
+            "speed/eta_s": (self.steps - env_steps) * seconds / max(stepped, 1),
+            **{f"speed/share_{section}": share for section, share in shares.items()},
+        }
+
+
+def gif(frames: Iterable[np.ndarray], fps: int = 15) -> bytes:
+    """Frames (H, W, 3) uint8 as an animated GIF that loops for ever."""
+    from PIL import Image
+
+    images = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
+    if not images:
+        raise ValueError("gif: expected at least one frame of shape (H, W, 3), got none")
+    data = io.BytesIO()
+    images[0].save(
+        data,
+        format="GIF",
+        save_all=True,
+        append_images=images[1:],
+        loop=0,
+        duration=max(20, round(1000 / fps)),
+    )  # viewers slow anything below 20 ms down
+    return data.getvalue()
+
+
+def _open_board(run: Path, env_steps: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        warnings.warn(
+            "log: TensorBoard is not installed, metrics.jsonl has everything; "
+            "pip install tensorboard, or --log.tensorboard false",
+            stacklevel=3,
+        )
+        return None
+    return SummaryWriter(str(run), purge_step=env_steps + 1 if env_steps else None)
+
+
+def _open_bar(steps: int, env_steps: int, every_s: float) -> Any:
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=steps,
+        initial=env_steps,
+        unit=" env_steps",
+        unit_scale=True,
+        dynamic_ncols=True,
+        smoothing=0.1,
+        mininterval=every_s if terminal else max(every_s, 20.0),
+        bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt}{unit} {rate_fmt} "
+        "ETA {remaining} {postfix}",
+    )
+
+
+def _add_gif(board: Any, name: str, data: bytes, shape: tuple[int, ...], env_steps: int) -> None:
+    """TensorBoard shows an image summary that holds a GIF as a video."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    image = Summary.Image(height=shape[1], width=shape[2], colorspace=3, encoded_image_string=data)
+    board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), env_steps)
+
+
+def _short_names(values: Mapping[str, float]) -> dict[str, float]:
+    short: dict[str, float] = {}
+    for name, parts in SHORT.items():
+        found = [
+            value
+            for key, value in values.items()
+            for part in parts
+            if key == part or part.endswith("/") and key.startswith(part)
+        ]
+        if found:
+            short[name] = sum(found)
+    return short
+
+
+def _shown(name: str) -> bool:
+    return name in ("episode/score", "eval/return") or name.startswith("speed/share_")
+
+
+def _number(value: float) -> float | int | None:
+    """Six significant digits, and null for what JSON cannot say."""
+    if isinstance(value, int):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None

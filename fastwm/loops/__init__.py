@@ -1,0 +1,1 @@
+"""How a run proceeds: training online, evaluating, and the clocks they follow."""

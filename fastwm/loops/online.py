@@ -1,0 +1,275 @@
+"""Training online: act, store, learn, and now and then evaluate, film and save.
+
+The counters: env_steps (agent decisions, all environments together), updates (gradient steps).
+Everything that is due is due by env_steps, so that a run that was stopped and goes on from its
+checkpoint does exactly what it would have done.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastwm import checkpoint
+from fastwm import config as settings
+from fastwm.loops import clock, resume
+from fastwm.loops.evaluate import evaluate, seed_of
+from fastwm.loops.finite import FiniteWatch, NonFiniteError
+
+DONE, NOT_FINITE = 0, 3  # exit codes; a signal n gives 128 + n
+
+
+def train(run: OnlineRun, stored: dict[str, Any] | None = None) -> int:
+    """Train until config.steps, config.eval.stop_at, a signal, or three bad updates in a row.
+
+    Args:    run: the pieces. stored: the parts of `latest.pt` to go on from, or None.
+    Returns: the exit code: 0, 3 for non-finite updates, 128 + the signal's number.
+    """
+    run.begin(stored)
+    with stop_signals() as stopped:
+        try:
+            while run.wants_more() and not stopped:
+                run.act()
+                run.learn()
+                run.evaluate_if_due()
+                run.film_if_due()
+                run.log_if_due()
+                run.save_if_due()
+            if not stopped:
+                run.evaluate_at_end()
+            run.save()
+        except NonFiniteError as error:
+            run.dump(error)
+            return NOT_FINITE
+    if stopped:
+        run.logger.say(f"stopped at env_steps {run.env_steps}; the same command goes on from here")
+        return 128 + stopped[0]
+    return DONE
+
+
+class OnlineRun:
+    """The pieces of a run and its counters.
+
+    Args: config: fastwm.config. agent: act, update, report (see fastwm.agents). envs: a VecEnv.
+          replay: fastwm.replay.Replay, or None for an agent that does not learn. logger:
+          fastwm.log.Logger. make_envs: (num_envs, seed) -> VecEnv for evaluations. folder: the run
+          folder.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        agent: Any,
+        envs: Any,
+        replay: Any,
+        logger: Any,
+        make_envs: Callable[[int, int], Any],
+        folder: Path,
+    ) -> None:
+        self.config, self.agent, self.envs, self.replay = config, agent, envs, replay
+        self.logger, self.make_envs, self.folder = logger, make_envs, Path(folder)
+        self.env_steps = self.updates = self.episodes = 0
+        self.evaluated_at, self.best, self.solved = -1, -np.inf, False
+        self.score, self.length = np.zeros(config.envs), np.zeros(config.envs, np.int64)
+        self.batch: dict | None = None  # the newest one, for pictures
+        ratio = config.train_ratio / (config.batch_size * config.batch_length)
+        self.ratio = clock.Ratio(ratio, limit=max(1, ceil(4 * ratio * config.envs)))
+        self.clocks = {
+            "eval": clock.Every(config.eval.every),
+            "log": clock.Every(config.log.every),
+            "video": clock.Every(config.log.video_every),
+            "checkpoint": clock.Every(config.checkpoint.every),
+        }
+        self.finite = FiniteWatch()
+
+    def begin(self, stored: dict[str, Any] | None) -> None:
+        """Fresh episodes, or the state that was stored."""
+        if stored is not None:
+            resume.restore(self, stored)
+            return
+        self.rows, self.state = self.envs.reset(), self.agent.initial_state(self.config.envs)
+
+    def wants_more(self) -> bool:
+        return self.env_steps < self.config.steps and not self.solved
+
+    def act(self) -> None:
+        """One decision in every environment; its row goes into the replay."""
+        time = self.logger.time
+        with time("policy"):
+            action, self.state, latents = self.agent.act(self.rows, self.state, "train")
+        if self.replay is not None:
+            with time("replay"):
+                last = self.rows["is_last"].reshape(-1, *[1] * (action.ndim - 1))
+                stored = np.where(last, np.zeros_like(action), action)
+                self.replay.add({**self.rows, "action": stored, **latents})
+        with time("env"):
+            self.rows = self.envs.step(action)
+        self.env_steps += self.config.envs
+        self._count_episodes()
+
+    def learn(self) -> None:
+        """As many updates as the train ratio asks for, once the replay holds enough."""
+        if self.replay is None or not self._may_learn():
+            return
+        for _ in range(self.ratio(self.env_steps)):
+            self._update()
+
+    def _may_learn(self) -> bool:
+        config = self.config
+        rows = config.batch_length * (config.batch_size + config.envs)
+        most = config.replay.capacity // config.envs * config.envs
+        return len(self.replay) >= min(rows, most) and self.replay.can_sample(config.batch_size)
+
+    def _update(self) -> None:
+        time = self.logger.time
+        with time("replay"):
+            batch = self.replay.sample(self.config.batch_size)
+        with time("copy"):
+            moved = {
+                key: value.to(self.agent.device, non_blocking=True) for key, value in batch.items()
+            }
+        with time("learner"):
+            metrics, latents = self.agent.update(moved)
+            latents = {key: value.cpu() for key, value in latents.items()}
+        self.updates += 1
+        self.batch = batch
+        self.finite(metrics["opt/finite"], {"batch": batch, "metrics": metrics})
+        with time("replay"):
+            if bool(latents["deter"].float().sum().isfinite()):  # never store a broken state
+                self.replay.update_latents(batch["ids"], latents["deter"], latents["stoch"])
+        with time("log"):
+            self.logger.train.add(metrics)
+
+    def _count_episodes(self) -> None:
+        rows = self.rows
+        self.score = np.where(rows["is_first"], 0.0, self.score) + rows["reward"]
+        self.length = np.where(rows["is_first"], 0, self.length + 1)
+        for i in np.flatnonzero(rows["is_last"]):
+            self.episodes += 1
+            self.logger.episode(self.score[i], self.length[i])
+
+    def evaluate_if_due(self) -> None:
+        if self.clocks["eval"](self.env_steps):
+            self._evaluate()
+
+    def evaluate_at_end(self) -> None:
+        if self.config.eval.every and self.evaluated_at != self.env_steps:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        options = self.config.eval
+        with self.logger.time("eval"):
+            found = evaluate(
+                self.agent,
+                self.make_envs,
+                episodes=options.episodes,
+                envs=options.envs,
+                mode=options.mode,
+                seed=seed_of(self.config.seed, 1, self.env_steps),
+            )
+        mean = float(np.mean(found["scores"]))
+        self.evaluated_at = self.env_steps
+        self.logger.set(
+            {
+                "eval/return": mean,
+                "eval/return_std": np.std(found["scores"]),
+                "eval/return_min": np.min(found["scores"]),
+                "eval/length": np.mean(found["lengths"]),
+                "eval/episodes": len(found["scores"]),
+            }
+        )
+        self._log()
+        self.logger.say(
+            f"env_steps {self.env_steps}: evaluation {mean:.4g} "
+            f"+- {np.std(found['scores']):.3g} over {len(found['scores'])} episodes"
+        )
+        if mean > self.best:
+            self.best = mean
+            if self.config.checkpoint.best:
+                resume.save_best(self)
+        stop_at = options.stop_at
+        if stop_at is not None and mean >= stop_at:
+            self.logger.say(f"evaluation reached {stop_at:g}: done")
+            self.solved = True
+
+    def film_if_due(self) -> None:
+        due = self.clocks["video"](self.env_steps)
+        if due and self.batch is not None:
+            with self.logger.time("log"):
+                for name, frames in self.agent.report(self.batch).items():
+                    self.logger.video(name, frames, self.env_steps)
+
+    def log_if_due(self) -> None:
+        if self.clocks["log"](self.env_steps) and self.evaluated_at != self.env_steps:
+            self._log()
+        self.logger.tick(self.env_steps, self.updates)
+
+    def _log(self) -> None:
+        with self.logger.time("log"):
+            self.finite.flush()
+            if self.replay is not None:
+                stats = self.replay.stats()
+                self.logger.set({f"replay/{name}": value for name, value in stats.items()})
+                self.logger.set({"train/opt/skipped": self.finite.skipped})
+            self.logger.set({"episode/total": self.episodes})
+            self.logger.write(self.env_steps, self.updates)
+
+    def save_if_due(self) -> None:
+        if self.clocks["checkpoint"](self.env_steps):
+            self.save()
+
+    def save(self) -> None:
+        with self.logger.time("log"):
+            resume.save(self)
+
+    def dump(self, error: NonFiniteError) -> None:
+        """Write what the bad updates were about, and say so in one line."""
+        context = error.context
+        first = self.agent.first_nonfinite(context["batch"])
+        path = self.folder / "nan_dump.pt"
+        checkpoint.save(
+            path,
+            {
+                "first_nonfinite": first,
+                "seed": self.config.seed,
+                "env_steps": self.env_steps,
+                "updates": self.updates,
+                "batch": context["batch"],
+                "metrics": context["metrics"],
+                "agent": self.agent.state_dict(),
+                "config": settings.to_toml(self.config),
+            },
+        )
+        self.logger.say(
+            f"train: {error} at update {self.updates}; first bad tensor: {first}; wrote {path}"
+        )
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM instead of dying; the second one kills as usual."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        for known, handler in usual.items():
+            signal.signal(known, handler)
+
+    for number in usual:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

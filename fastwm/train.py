@@ -1,0 +1,51 @@
+"""Train: `python -m fastwm.train ALGORITHM [PRESET ...] [--dotted.key value ...]`, see --help."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from fastwm import config as settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for a mistake, 3 for non-finite updates."""
+    try:
+        config, _ = settings.load(sys.argv[1:] if argv is None else argv)
+    except settings.ConfigError as error:
+        print(f"fastwm.train: {error}", file=sys.stderr)
+        return 2
+
+    from fastwm import assemble  # after --help and settings errors, which need no torch
+
+    try:
+        return train(config, assemble.run_folder(config))
+    except assemble.MISTAKES as error:
+        print(f"fastwm.train: {error}", file=sys.stderr)
+        return 2
+
+
+def train(config, folder) -> int:
+    """Start or continue the run of a folder."""
+    from fastwm import assemble, checkpoint
+    from fastwm.loops import online
+
+    with checkpoint.lock(folder):
+        stored, notes = assemble.open_folder(config, folder)
+        run = assemble.online_run(config, folder, stored and stored["logger"])
+        try:
+            assemble.announce(run)
+            for note in notes:
+                run.logger.say(note)
+            if stored:
+                run.logger.say(
+                    f"resume   from env_steps {stored['env_steps']}, updates {stored['updates']}"
+                )
+            return online.train(run, stored)
+        finally:
+            run.logger.close()
+            run.envs.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
