@@ -119,6 +119,16 @@ def replace_groups(imag_horizon: int, **groups: dict) -> DreamerConfig:
     return replace(config, imag_horizon=imag_horizon, **parts)
 
 
+def channel_widths(weights: dict[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Channels per stage of encoder and decoder, outermost first; weights by reference name."""
+    stages = sum(bool(re.fullmatch(r"enc/cnn\d+/kernel", key)) for key in weights)
+    if not stages:
+        return (1,), (1,)
+    encoder = tuple(weights[f"enc/cnn{i}/kernel"].shape[-1] for i in range(stages))
+    decoder = tuple(weights[f"dec/conv{i}/kernel"].shape[-1] for i in range(stages - 1))
+    return encoder, (*decoder, weights["dec/spnorm/scale"].shape[0])
+
+
 def config_of(golden: dict[str, Tensor]) -> DreamerConfig:
     """The configuration whose networks have the sizes of the golden parameters."""
 
@@ -127,17 +137,20 @@ def config_of(golden: dict[str, Tensor]) -> DreamerConfig:
         return default if array is None else array.shape[axis]
 
     stoch, classes = golden["data/dyn/stoch"].shape[2:]
-    stages = count(golden, r"enc/cnn\d+")
-    mults = tuple(width(f"enc/cnn{i}") for i in range(stages)) or (1,)
+    weights = {k.removeprefix("params/"): v for k, v in golden.items() if k.startswith("params/")}
+    encoder_mults, decoder_mults = channel_widths(weights)
     decoder_units = width("dec/mlp/linear0", default=width("dec/sp1", default=16) // 2)
     return replace_groups(
         imag_horizon=int(golden["meta/imag_length"]),
         encoder=dict(
-            depth=1, mults=mults, layers=count(golden, r"enc/mlp\d+") or 1, units=width("enc/mlp0")
+            depth=1,
+            mults=encoder_mults,
+            layers=count(golden, r"enc/mlp\d+") or 1,
+            units=width("enc/mlp0"),
         ),
         decoder=dict(
             depth=1,
-            mults=mults,
+            mults=decoder_mults,
             layers=count(golden, r"dec/mlp/linear\d+") or 1,
             units=decoder_units,
             bspace=int(golden["meta/bspace"]),

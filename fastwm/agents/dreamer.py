@@ -276,7 +276,7 @@ class DreamerAgent:
 
     @torch.no_grad()
     def behavior_metrics(self, out, reward, cont, slow, policy, limits) -> dict[str, Tensor]:
-        scaled = out.returns / self.model.return_norm.scale(limits)
+        scaled = (out.returns - limits[0]) / self.model.return_norm.scale(limits)
         entropy = policy.entropy()[:, :-1].mean()
         metrics = {
             "adv": out.advantage.mean(),
