@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from fastwm.checkpoint import write_with
+from fastwm.log import gif
+from fastwm.settings import ConfigError
 
 Watcher = Callable[[np.ndarray, dict[str, np.ndarray], Any], None]
 
@@ -66,3 +71,52 @@ def evaluate(
 def seed_of(seed: int, *branch: int) -> int:
     """A seed below 2**31 that is far from those of other branches, e.g. of other env_steps."""
     return int(np.random.SeedSequence([seed, *branch]).generate_state(1)[0] & 0x7FFFFFFF)
+
+
+def summarize(found: dict[str, list]) -> dict[str, float]:
+    """Mean, standard deviation and number of the scores of `evaluate`."""
+    scores = np.asarray(found["scores"], np.float64)
+    return {
+        "mean": float(scores.mean()),
+        "std": float(scores.std()),
+        "n": len(scores),
+        "min": float(scores.min()),
+        "max": float(scores.max()),
+        "length": float(np.mean(found["lengths"])),
+    }
+
+
+class Film:
+    """Watches one environment and writes every episode as <folder>/episode-<number>.gif.
+
+    Pictures come from render(), or from the image observation where there is none.
+    """
+
+    def __init__(self, folder: Path, fps: int) -> None:
+        self.folder, self.fps = folder, fps
+        self.frames: list[np.ndarray] = []
+        self.paths: list[Path] = []
+
+    def __call__(self, counted: np.ndarray, rows: dict[str, np.ndarray], envs: Any) -> None:
+        if 0 not in counted:
+            return
+        if rows["is_first"][0]:
+            self.frames = []
+        self.frames.append(self._picture(rows, envs))
+        if rows["is_last"][0]:
+            path = self.folder / f"episode-{len(self.paths):03d}.gif"
+            write_with(path, lambda partial: partial.write_bytes(gif(self.frames, self.fps)))
+            self.paths.append(path)
+
+    def _picture(self, rows: dict[str, np.ndarray], envs: Any) -> np.ndarray:
+        pictures = envs.render()
+        if pictures is not None:
+            return pictures[0]
+        for key, space in envs.obs_space.items():
+            if space.kind == "image":
+                image = rows[key][0]
+                return image[..., -3:] if image.shape[-1] >= 3 else image[..., -1:].repeat(3, -1)
+        raise ConfigError(
+            f"play: expected pictures from {envs.task}, got none: it has neither "
+            "render() nor an image observation; leave --save-gif out"
+        )

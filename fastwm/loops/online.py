@@ -42,8 +42,6 @@ def train(run: OnlineRun, stored: dict[str, Any] | None = None) -> int:
                 run.film_if_due()
                 run.log_if_due()
                 run.save_if_due()
-            if not stopped:
-                run.evaluate_at_end()
             run.save()
         except NonFiniteError as error:
             run.dump(error)
@@ -156,11 +154,8 @@ class OnlineRun:
             self.logger.episode(self.score[i], self.length[i])
 
     def evaluate_if_due(self) -> None:
-        if self.clocks["eval"](self.env_steps):
-            self._evaluate()
-
-    def evaluate_at_end(self) -> None:
-        if self.config.eval.every and self.evaluated_at != self.env_steps:
+        at_end = self.config.eval.every > 0 and not self.wants_more()
+        if self.clocks["eval"](self.env_steps) or at_end:
             self._evaluate()
 
     def _evaluate(self) -> None:
