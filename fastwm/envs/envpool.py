@@ -15,6 +15,9 @@ Returned arrays are fresh on every call, so nothing is copied that needs no conv
 from __future__ import annotations
 
 import ctypes
+import functools
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -33,10 +36,6 @@ from fastwm.envs.base import (
 from fastwm.envs.convert import ActMap, ObsMap, ObsOptions
 
 PIP = "'envpool>=1.2.5'"
-
-
-def load_envpool(who: str) -> Any:
-    return import_package("envpool", PIP, who)
 
 
 class EnvpoolEnv(VecEnv):
@@ -71,14 +70,13 @@ class EnvpoolEnv(VecEnv):
         self._act = ActMap(self.task, self._pool.action_space, self.num_envs, bounds)
         self._obs = ObsMap(self.task, self._pool.observation_space, obs or ObsOptions(), copy=False)
         self.obs_space, self.act_space = self._obs.space, self._act.space
+        self.obs_bounds = self._obs.bounds
         self._last: np.ndarray | None = None  # (N,) bool, the previous row's is_last
 
     def _make_pool(
         self, envpool: Any, env_id: str, render_mode: str | None, settings: dict
     ) -> None:
-        if render_mode is not None and not load_gl():
-            render_mode = None
-        self._render_mode = render_mode
+        self._env_id, self._render_mode = env_id, render_mode
         if render_mode is not None:
             settings = {**settings, "render_mode": render_mode}
         seeds = spread_seeds(self.seed, self.num_envs)
@@ -95,6 +93,8 @@ class EnvpoolEnv(VecEnv):
                     f"{self.task}: expected options that envpool knows for {env_id}, got "
                     f"{settings}: {error}"
                 ) from error
+        # The classes of MuJoCo families live below envpool.mujoco.
+        self._mujoco = any(".mujoco." in c.__module__ + "." for c in type(self._pool).__mro__)
         if any(space is None for space in spaces):
             raise EnvSpaceError(f"{self.task}: expected spaces from envpool, got {spaces}")
 
@@ -146,6 +146,8 @@ class EnvpoolEnv(VecEnv):
         if self._render_mode is None:
             return None
         try:
+            if self._mujoco and not _can_render(self._env_id):
+                raise RuntimeError("OpenGL does not work here (try LD_PRELOAD=libGL.so.1)")
             return np.array(self._pool.render(env_ids=np.arange(self.num_envs)), dtype=np.uint8)
         except (NotImplementedError, RuntimeError, ValueError) as error:
             warnings.warn(f"{self.task}: no pictures, {error}", stacklevel=2)
@@ -176,9 +178,33 @@ def _scatter(tree: Any, part: Any, ids: np.ndarray) -> Any:
 
 
 def load_gl() -> bool:
-    """Makes OpenGL's symbols visible; without them envpool ends the process on a MuJoCo render."""
+    """Makes OpenGL's symbols visible to libraries that are loaded later."""
     try:
         ctypes.CDLL("libGL.so.1", mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return False
     return True
+
+
+def load_envpool(who: str) -> Any:
+    """Imports envpool, after OpenGL: its MuJoCo renderer looks the symbols up once."""
+    if "envpool" not in sys.modules:
+        _state["gl"] = load_gl()
+    return import_package("envpool", PIP, who)
+
+
+_state = {"gl": False}
+
+
+@functools.cache
+def _can_render(env_id: str) -> bool:
+    """Whether MuJoCo pictures work here. A failure ends the process, so another one tries."""
+    if not _state["gl"]:
+        return False
+    code = (
+        "import ctypes; ctypes.CDLL('libGL.so.1', mode=ctypes.RTLD_GLOBAL); import envpool; "
+        f"e = envpool.make_gymnasium({env_id!r}, num_envs=1, render_mode='rgb_array'); "
+        "e.reset(); e.render(env_ids=[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
+    return done.returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -65,6 +66,7 @@ class GymEnv(VecEnv):
             self.task, self._envs[0].observation_space, obs or ObsOptions(), copy=False
         )
         self.obs_space, self.act_space = self._obs.space, self._act.space
+        self.obs_bounds = self._obs.bounds
         self._seeds: list[int | None] = list(spread_seeds(self.seed, self.num_envs))
         self._streak = [0] * self.num_envs  # crashes since the last finished episode
         self._raw: list[Any] = [None] * self.num_envs
@@ -233,12 +235,13 @@ class GymVectorEnv(VecEnv):
         self._act = ActMap(self.task, env.single_action_space, self.num_envs, bounds)
         self._obs = ObsMap(self.task, env.single_observation_space, obs or ObsOptions())
         self.obs_space, self.act_space = self._obs.space, self._act.space
+        self.obs_bounds = self._obs.bounds
         self._seeds: list[int] | None = spread_seeds(self.seed, self.num_envs)
         self._last: np.ndarray | None = None
 
     def reset(self) -> Rows:
         seeds, self._seeds = self._seeds, None
-        obs, _ = self._env.reset(seed=seeds)
+        obs, _ = self._env.reset(seed=_native_seeds(self._env, seeds))
         self._last = np.zeros(self.num_envs, bool)
         flags = np.zeros((3, self.num_envs), bool)
         flags[0] = True
@@ -305,11 +308,20 @@ class GymVectorEnv(VecEnv):
         self._env = None
 
 
+def _native_seeds(env: Any, seeds: list[int] | None) -> Any:
+    """gymnasium's vector environments take a list, ale-py's an array."""
+    from_ale = type(env).__module__.startswith("ale_py")
+    return np.asarray(seeds) if from_ale and seeds is not None else seeds
+
+
 def gym_factory(who: str, env_id: str, settings: dict) -> Callable[[], Any]:
     """A function that makes one registered environment, able to render where it can be headless."""
     gymnasium = load_gymnasium(who)
+    module = env_id.partition(":")[0] if ":" in env_id else _REGISTERED_BY.get(_namespace(env_id))
+    if module is not None:
+        import_package(module, module.replace("_", "-"), who)
     try:
-        spec = gymnasium.spec(env_id)
+        spec = gymnasium.spec(env_id.rpartition(":")[2])
     except gymnasium.error.Error as error:
         raise UnknownTaskError(
             f"{who}: expected a registered gymnasium id, got {env_id!r}: {error}"
@@ -320,4 +332,50 @@ def gym_factory(who: str, env_id: str, settings: dict) -> Callable[[], Any]:
         if "rgb_array" in modes:
             settings = {**settings, "render_mode": "rgb_array"}
     # The passive checker looks at every step; check_env does that once.
-    return lambda: gymnasium.make(env_id, disable_env_checker=True, **settings)
+    return lambda: gymnasium.make(spec, disable_env_checker=True, **settings)
+
+
+# Packages that must be imported before gymnasium knows their ids.
+_REGISTERED_BY = {"MiniGrid": "minigrid", "BabyAI": "minigrid", "ALE": "ale_py"}
+
+
+def _namespace(env_id: str) -> str:
+    return env_id.partition("/")[0] if "/" in env_id else env_id.partition("-")[0]
+
+
+def registered_ids(who: str, package: str) -> list[str]:
+    """All gymnasium ids, after importing the package that adds its own."""
+    import_package(package, package, who)
+    return list(load_gymnasium(who).registry)
+
+
+def atari_vector(
+    who: str,
+    game: str,
+    num_envs: int,
+    seed: int,
+    obs: ObsOptions,
+    frame_skip: int,
+    *,
+    max_frames: int,
+    **settings: Any,
+) -> GymVectorEnv:
+    """ale-py's own vector environment, which knows envpool's option names."""
+    vector = import_package("ale_py.vector_env", "ale-py", who)
+    roms = import_package("ale_py.roms", "ale-py", who).get_all_rom_ids()
+    plain = {rom.replace("_", ""): rom for rom in roms}
+    rom = plain.get(game.replace("_", "").replace("-", "").lower())
+    if rom is None:
+        near = difflib.get_close_matches(game, roms, n=3)
+        hint = f"; did you mean {', '.join(f'atari_{name}' for name in near)}?" if near else ""
+        raise UnknownTaskError(f"{who}: expected one of ale-py's games, got {game!r}{hint}")
+    env = vector.AtariVectorEnv(
+        rom,
+        check_num_envs(who, num_envs),
+        frameskip=frame_skip,
+        grayscale=obs.gray,
+        max_num_frames_per_episode=max_frames,
+        reward_clipping=False,
+        **settings,
+    )
+    return GymVectorEnv(env, seed, task=who, obs=obs, frames_per_action=frame_skip)

@@ -6,9 +6,11 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from fastwm.envs.base import EnvError, MissingPackageError, UnknownTaskError, VecEnv
@@ -46,7 +48,7 @@ def resolve(task: str) -> Build:
     family, _, name = task.partition("_")
     if name and family in _FAMILY:
         return _named(task, _FAMILY[family], name=name)
-    raise unknown(task, list(TASKS))
+    raise unknown(task, [*TASKS, *(f"{known}_{name}" for known in _FAMILY)])
 
 
 def unknown(task: str, names: list[str]) -> UnknownTaskError:
@@ -60,9 +62,24 @@ def unknown(task: str, names: list[str]) -> UnknownTaskError:
 def _named(task: str, function: Callable, **fixed: Any) -> Build:
     def build(num_envs: int, seed: int, **options: Any) -> VecEnv:
         obs = ObsOptions(**{k: options.pop(k) for k in OBS_OPTIONS if k in options})
+        _check_known(task, function, options)
         return function(task, num_envs, seed, obs=obs, **fixed, **options)
 
     return build
+
+
+def _check_known(task: str, function: Callable, options: dict) -> None:
+    """Names an option that a task does not have, unless it passes options on."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in options:
+        if name not in parameters:
+            own = [p for p in list(parameters)[3:] if p not in ("obs", "name", "env_id", "path")]
+            known = [*OBS_OPTIONS, *own]
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{task}: expected one of the options {known}, got {name!r}{hint}")
 
 
 # ---------------------------------------------------------------------------------------- builders
@@ -171,49 +188,214 @@ def _import_factory(task: str, path: str) -> Callable:
     return getattr(module, name)
 
 
-def _dummy(task: str, num_envs: int, seed: int, *, obs: ObsOptions, **options: Any) -> VecEnv:
-    from fastwm.envs.dummy import DummyEnv, DummyImageEnv
+def _dummy(
+    task: str,
+    num_envs: int,
+    seed: int,
+    *,
+    obs: ObsOptions,
+    lengths: tuple[int, ...] | None = None,
+    action_repeat: int = 1,
+) -> VecEnv:
+    from fastwm.envs.dummy import DummyEnv
 
-    options.pop("action_repeat", None)
-    if task == "dummy":
-        return DummyEnv(num_envs, seed, **options)
-    size = obs.size or (64, 64)
-    return DummyImageEnv(num_envs, seed, size=size[0], **options)
+    if action_repeat != 1:
+        raise ValueError(f"{task}: expected action_repeat of 1, got {action_repeat}")
+    return DummyEnv(num_envs, seed, lengths=lengths)
 
 
-def _either(env_id: str, other: Callable, **defaults: Any) -> Callable:
-    """envpool's id, or, where envpool is not installed, another builder with one warning."""
+def _dummy_image(
+    task: str,
+    num_envs: int,
+    seed: int,
+    *,
+    obs: ObsOptions,
+    length: int = 20,
+    action_repeat: int = 1,
+) -> VecEnv:
+    from fastwm.envs.dummy import DummyImageEnv
 
-    def build(task: str, num_envs: int, seed: int, **options: Any) -> VecEnv:
-        options = {**defaults, **options}
-        try:
-            return _envpool(task, num_envs, seed, env_id=env_id, **options)
-        except MissingPackageError as error:
-            _warn_once(task, error)
-        return other(task, num_envs, seed, **options)
+    if action_repeat != 1:
+        raise ValueError(f"{task}: expected action_repeat of 1, got {action_repeat}")
+    side = (obs.size or (64, 64))[0]
+    return DummyImageEnv(num_envs, seed, size=side, length=length)
 
-    return build
+
+# ------------------------------------------------------------- names with a choice of two packages
+
+
+def _first_of(task: str, build: Build, other: Build) -> VecEnv:
+    """envpool where it is installed, else the other package and one warning."""
+    try:
+        return build()
+    except MissingPackageError as error:
+        made = other()
+        if "envpool" not in _warned:
+            _warned.add("envpool")
+            warnings.warn(f"{task}: a slower package stands in; {error}", stacklevel=6)
+        return made
 
 
 _warned: set[str] = set()
 
 
-def _warn_once(task: str, error: Exception) -> None:
-    if "envpool" not in _warned:
-        _warned.add("envpool")
-        warnings.warn(f"{task}: slower without envpool ({error})", stacklevel=4)
+def _either(env_id: str, **defaults: Any) -> Callable:
+    """The same id in envpool and in gymnasium."""
+
+    def build(task: str, num_envs: int, seed: int, *, obs: ObsOptions, **options: Any) -> VecEnv:
+        obs = replace(obs, **{k: v for k, v in defaults.items() if getattr(obs, k) is None})
+        here = {"env_id": env_id, "obs": obs, **options}
+        return _first_of(
+            task,
+            lambda: _envpool(task, num_envs, seed, **here),
+            lambda: _gymnasium(task, num_envs, seed, **here),
+        )
+
+    return build
 
 
-def _gym_id(env_id: str) -> Callable:
-    return lambda task, num_envs, seed, **options: _gymnasium(
-        task, num_envs, seed, env_id=env_id, **options
-    )
+def _find(task: str, family: str, name: str, ids: Iterable[str], suffix: str) -> str:
+    """The id that `name` spells, whatever its capitals, dashes and underscores."""
+    known = {_plain(env_id.removesuffix(suffix)): env_id for env_id in ids}
+    found = known.get(_plain(name))
+    if found is None:
+        near = difflib.get_close_matches(_plain(name), known, n=3, cutoff=0.5)
+        hint = ", ".join(f"{family}_{_snake(known[n].removesuffix(suffix))}" for n in near)
+        raise UnknownTaskError(
+            f"envs.make: expected {family}_<name> of one of {len(known)} known tasks, got {task!r}"
+            + (f"; did you mean {hint}?" if hint else "")
+        )
+    return found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _snake(name: str) -> str:
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.removeprefix("MiniGrid-"))
+    return name.replace("-", "_").lower()
+
+
+def _pool_ids(task: str, module: str) -> list[str]:
+    """envpool's ids of one family."""
+    from fastwm.envs.envpool import load_envpool
+
+    load_envpool(task)
+    from envpool.registration import registry
+
+    return [env_id for env_id, spec in registry.specs.items() if spec[0] == module]
+
+
+def _atari(
+    task: str,
+    num_envs: int,
+    seed: int,
+    *,
+    name: str,
+    obs: ObsOptions,
+    action_repeat: int = 4,
+    sticky: bool | float = False,
+    full_actions: bool = False,
+    noops: int = 30,
+    length: int = 108_000,
+    stack: int = 1,
+) -> VecEnv:
+    """64 x 64 RGB by default; the 200M-frame protocol is size=(96, 96), gray, sticky, full_actions.
+
+    sticky: probability that the game repeats the last action instead (True is 0.25).   length: in
+    frames.   noops: at most this many idle frames at the start.   stack: frames in one observation.
+    """
+    obs = replace(obs, size=obs.size or (64, 64))
+    common = {
+        "img_height": obs.size[0],
+        "img_width": obs.size[1],
+        "stack_num": int(stack),
+        "noop_max": max(1, int(noops)),
+        "full_action_space": bool(full_actions),
+        "repeat_action_probability": float(0.25 if sticky is True else sticky),
+        "use_fire_reset": False,
+    }
+
+    def pool() -> VecEnv:
+        from fastwm.envs.envpool import EnvpoolEnv
+
+        return EnvpoolEnv(
+            _find(task, "atari", name, _pool_ids(task, "envpool.atari"), "-v5"),
+            num_envs,
+            seed,
+            task=task,
+            obs=obs,
+            frames_per_action=action_repeat,
+            frame_skip=int(action_repeat),
+            max_episode_steps=int(length) // int(action_repeat),
+            gray_scale=obs.gray,
+            **common,
+        )
+
+    def ale() -> VecEnv:
+        from fastwm.envs.gymnasium import atari_vector
+
+        return atari_vector(
+            task, name, num_envs, seed, obs, int(action_repeat), max_frames=int(length), **common
+        )
+
+    return _first_of(task, pool, ale)
+
+
+def _dmc(
+    task: str,
+    num_envs: int,
+    seed: int,
+    *,
+    name: str,
+    obs: ObsOptions,
+    action_repeat: int = 2,
+    **settings: Any,
+) -> VecEnv:
+    """dm_control's suite on its physical state; action_repeat is a true repetition."""
+
+    def pool() -> VecEnv:
+        env_id = _find(task, "dmc", name, _pool_ids(task, "envpool.mujoco.dmc"), "-v1")
+        repeat = {"action_repeat": action_repeat}
+        return _envpool(task, num_envs, seed, env_id=env_id, obs=obs, **repeat, **settings)
+
+    def suite() -> VecEnv:
+        from fastwm.envs.dm_control import suite_factory
+        from fastwm.envs.gymnasium import GymEnv
+
+        factory = suite_factory(task, name, **settings)
+        return GymEnv(factory, num_envs, seed, task=task, obs=obs, action_repeat=action_repeat)
+
+    return _first_of(task, pool, suite)
+
+
+def _minigrid(
+    task: str, num_envs: int, seed: int, *, name: str, obs: ObsOptions, **options: Any
+) -> VecEnv:
+    """The symbolic 7 x 7 view and the direction; the mission text is left out."""
+    name = name if _plain(name).startswith("minigrid") else f"MiniGrid-{name}"
+    obs = replace(obs, ignore=obs.ignore or ("mission",))
+
+    def pool() -> VecEnv:
+        env_id = _find(task, "minigrid", name, _pool_ids(task, "envpool.minigrid"), "-v0")
+        return _envpool(task, num_envs, seed, env_id=env_id, obs=obs, **options)
+
+    def package() -> VecEnv:
+        from fastwm.envs.gymnasium import registered_ids
+
+        ids = [i for i in registered_ids(task, "minigrid") if i.startswith("MiniGrid")]
+        env_id = _find(task, "minigrid", name, ids, "-v0")
+        return _gymnasium(task, num_envs, seed, env_id=env_id, obs=obs, **options)
+
+    return _first_of(task, pool, package)
 
 
 TASKS: dict[str, Callable] = {
-    "cartpole": _either("CartPole-v1", _gym_id("CartPole-v1")),
-    "pendulum": _either("Pendulum-v1", _gym_id("Pendulum-v1")),
+    "carracing": _either("CarRacing-v3", size=(64, 64)),
+    "cartpole": _either("CartPole-v1"),
     "dummy": _dummy,
-    "dummy_image": _dummy,
+    "dummy_image": _dummy_image,
+    "pendulum": _either("Pendulum-v1"),
 }
-_FAMILY: dict[str, Callable] = {}
+_FAMILY: dict[str, Callable] = {"atari": _atari, "dmc": _dmc, "minigrid": _minigrid}

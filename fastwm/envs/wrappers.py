@@ -30,7 +30,7 @@ class Journal(VecEnv):
         self.env = self._factory()
         self.num_envs, self.task, self.seed = self.env.num_envs, self.env.task, self.env.seed
         self.obs_space, self.act_space = self.env.obs_space, self.env.act_space
-        self.action_repeat = self.env.action_repeat
+        self.action_repeat, self.obs_bounds = self.env.action_repeat, self.env.obs_bounds
         self._actions: np.ndarray | None = np.empty((0, *self._shape), self._dtype)
         self._resets: list[int] = []  # number of steps taken before each reset
         self._steps = 0
