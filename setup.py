@@ -23,6 +23,7 @@ from setuptools import Extension, find_packages, setup
 os.chdir(Path(__file__).resolve().parent)
 OLDEST_TORCH = (2, 11)
 TORCH_TARGET = "0x020b000000000000"  # the same, as the stable ABI spells it
+NVCC_FLAGS = ["-O3", "-std=c++20", "--Werror", "all-warnings"]
 CUDA_ARCHS = "8.0;9.0+PTX"  # when no GPU is visible; PTX covers what comes later
 
 
@@ -163,7 +164,7 @@ def torch_extensions() -> list:
     cpp_extension.CUDA_HOME = home  # a PyTorch without CUDA leaves it None whatever is set
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHS)
-    # The CUDA runtime is linked statically. The few shims that live in libtorch_cuda stay undefined:
+    # The CUDA runtime is linked statically. The shims that live in libtorch_cuda stay undefined:
     # a PyTorch with CUDA brings them along through libtorch.so, and another one never loads this.
     libraries = [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     extensions.append(
@@ -172,7 +173,7 @@ def torch_extensions() -> list:
             sorted([*glob("csrc/ops_cuda*.cpp"), *glob("csrc/cuda/*.cu")]),
             extra_compile_args={
                 "cxx": [*flags, "-DUSE_CUDA", f"-I{home}/include"],
-                "nvcc": ["-O3", "-std=c++20", "--Werror", "all-warnings"],
+                "nvcc": [*NVCC_FLAGS, "-Xcompiler", "-fvisibility=hidden"],
             },
             extra_link_args=[*link, "-Wl,--no-as-needed,-ltorch,--as-needed", *libraries],
             **common,

@@ -7,6 +7,7 @@ plain PyTorch references in charge, with one warning that names the cause.
 from __future__ import annotations
 
 import os
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,15 +24,27 @@ _fused = True  # set by use_backend
 raw = torch.ops.fastwm  # the operators of csrc/ops.cpp; no autograd, no broadcasting
 
 
+def _is_truncated(path: Path) -> bool:
+    """Whether an ELF file ends before its section table: loading it would kill the process."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+        return False  # the dynamic loader reports these by itself
+    table, size, count = struct.unpack_from("<Q10xHH", head, 0x28)
+    return path.stat().st_size < table + size * count
+
+
 def _load(name: str, device: str) -> None:
     global _names
     found = sorted(_PACKAGE.glob(f"{name}.abi3.so")) or sorted(_PACKAGE.glob(f"{name}.pyd"))
     if not found:
         return
     try:
+        if _is_truncated(found[0]):
+            raise OSError("the file is truncated")
         torch.ops.load_library(str(found[0]))
     except (OSError, RuntimeError) as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = str(error.__cause__ or error).strip().splitlines()[0]  # torch wraps it
         _state[device] = f"failed to load: {cause}"
         warnings.warn(
             f"fastwm: {found[0].name} does not load, using the PyTorch reference on {device} "
@@ -67,7 +80,7 @@ _load_all()
 
 
 def available(where: torch.Tensor | torch.device | str, op: str | None = None) -> bool:
-    """Whether a fused kernel runs for raw op `op` on this tensor's device; without `op`: for all."""
+    """Whether a fused kernel runs for raw op `op` on this device; without `op`: for all ops."""
     if isinstance(where, torch.Tensor):
         where = where.device
     kind = where.split(":")[0] if isinstance(where, str) else where.type
