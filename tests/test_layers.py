@@ -20,6 +20,7 @@ RANKS = {
     "replay": SIDE, "episodes": SIDE, "envs": SIDE, "log": SIDE, "checkpoint": SIDE,
     "loops.clock": SIDE,
     "loops": 7,
+    "assemble": 7.5,  # config to objects, for the command lines
     "train": 8, "eval": 8, "play": 8, "dream": 8, "check_env": 8, "doctor": 8, "selftest": 8,
     "bench": 8, "export": 8, "__init__": 8,
 }  # fmt: skip
@@ -48,7 +49,9 @@ def imports(path: Path):
             if node.level:
                 yield node.lineno, "relative import"
             elif node.module == "fastwm":
-                yield from ((node.lineno, alias.name) for alias in node.names)
+                for alias in node.names:  # a public name stands for the module it lives in
+                    path = fastwm._LAZY.get(alias.name, alias.name)
+                    yield node.lineno, path.removeprefix("fastwm.")
             elif (node.module or "").startswith("fastwm."):
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
                 ranked = [n.removeprefix("fastwm.") for n in names]
