@@ -113,7 +113,6 @@ class Replay:
         if not force:
             replay_rows.check_fits(self.keys, self.num_envs * self.length, storage, self.free)
         self._lock = threading.RLock()
-        self._allocate()
         self._count = np.zeros(self.num_envs, np.int64)  # rows ever written, per env
         # first row of the next online window; phases are spread so that windows of different envs
         # become ready at different times, else every (T+1)-th batch would be all online
@@ -123,6 +122,10 @@ class Replay:
         self._expect_first = np.zeros(self.num_envs, bool)
         self._totals = {"samples": 0, "online": 0, "online_dropped": 0, "latents_dropped": 0}
         self._saved: tuple[Path | None, list[dict]] = (None, [])
+        self._everyone = np.arange(self.num_envs, dtype=np.int64)
+        self._layouts: dict[int, list] = {}
+        self._outputs = [key.out for key in self.keys.values()]
+        self._allocate()
 
     def _allocate(self) -> None:
         """Create the rings, and the compiled view of them."""
@@ -134,7 +137,10 @@ class Replay:
                 key.ring = replay_io.map_ring(self.directory, key.name, shape, key.numpy)
         self._native = None
         if _replay is not None:
-            self._native = _replay.Ring(self.num_envs, self.length, self.batch_length)
+            self._native = _replay.Ring(
+                self.num_envs, self.length, self.batch_length,
+                self._count.ctypes.data, self._next.ctypes.data,
+            )  # fmt: skip
             for key in self.keys.values():
                 self._native.add_key(key.ring.ctypes.data, key.record, key.first, key.rows)
 
@@ -171,6 +177,8 @@ class Replay:
     @property
     def windows(self) -> int:
         """Windows of T + 1 rows that a uniform draw chooses from."""
+        if self._native is not None:
+            return self._native.windows()
         return int(np.maximum(np.minimum(self._count, self.length) - self.batch_length, 0).sum())
 
     def can_sample(self, batch_size: int) -> bool:
@@ -218,13 +226,11 @@ class Replay:
         with self._lock:
             self._check_fresh(arrays[list(self.keys).index("is_first")], lanes)
             if self._native is not None:
-                everyone = np.arange(self.num_envs) if lanes is None else lanes
-                pointers = [array.ctypes.data for array in arrays]
-                self._native.add(pointers, self._count.ctypes.data, everyone.ctypes.data, lead[0])
+                self._native.add(arrays, self._everyone if lanes is None else lanes)
                 return
             where = slice(None) if lanes is None else lanes
             slots = self._count[where] % self.length
-            index = np.arange(self.num_envs)[where]
+            index = self._everyone[where]
             for key, array in zip(self.keys.values(), arrays, strict=True):
                 key.ring[index, slots] = array
             self._count[where] += 1
@@ -288,6 +294,8 @@ class Replay:
             raise ValueError(f"replay: expected ids of shape (B, 2), got {ids.shape}")
         lead = (len(ids), self.batch_length)
         fresh = {"deter": deter, "stoch": stoch}
+        if not any(name in self.keys for name in LATENTS):
+            raise ValueError("replay: expected a spec with deter or stoch, got one without latents")
         for name, value in fresh.items():
             if (value is None) != (name not in self.keys):
                 raise ValueError(
@@ -308,11 +316,10 @@ class Replay:
     def _write_back(self, ids: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
         length, rows = self.length, self.batch_length
         if self._native is not None:
-            keys = [list(self.keys).index(name) for name in arrays]
-            pointers = [array.ctypes.data for array in arrays.values()]
-            self._totals["latents_dropped"] += self._native.write_back(
-                keys, pointers, self._count.ctypes.data, ids.ctypes.data, len(ids)
-            )
+            dropped, names = 0, list(self.keys)
+            for name, array in arrays.items():
+                dropped = self._native.write_back(names.index(name), array, ids)
+            self._totals["latents_dropped"] += dropped  # the same rows of every latent
             return
         for b, (env, row) in enumerate(ids.tolist()):
             skip = min(max(int(self._count[env]) - length - row, 0), rows)
@@ -323,16 +330,19 @@ class Replay:
 
     # -- sampling ---------------------------------------------------------------------------------
 
+    def _layout(self, batch_size: int) -> list[tuple]:
+        """Name, shape and type of every tensor of a batch."""
+        if batch_size not in self._layouts:
+            keys = [(k.out, k.batch_shape(batch_size), k.torch) for k in self.keys.values()]
+            self._layouts[batch_size] = [*keys, ("ids", (batch_size, 2), torch.int64)]
+        return self._layouts[batch_size]
+
     def empty_batch(self, batch_size: int, pin_memory: bool = False) -> Batch:
         """Uninitialised tensors for `sample(out=...)`, page-locked on request."""
-        batch = {
-            key.out: torch.empty(
-                key.batch_shape(batch_size), dtype=key.torch, pin_memory=pin_memory
-            )
-            for key in self.keys.values()
-        }
-        batch["ids"] = torch.empty((batch_size, 2), dtype=torch.int64)
-        return batch
+        layout = self._layout(batch_size)
+        if pin_memory:
+            return {n: torch.empty(s, dtype=t, pin_memory=True) for n, s, t in layout}
+        return {n: torch.empty(s, dtype=t) for n, s, t in layout}
 
     def sample(self, batch_size: int, out: Batch | None = None, *, online: bool = True) -> Batch:
         """Draw windows of T + 1 rows: waiting online ones first, oldest first, then uniform.
@@ -357,17 +367,14 @@ class Replay:
             )
         batch = self.empty_batch(batch_size) if out is None else self._check_out(out, batch_size)
         with self._lock:
-            ids = batch["ids"].numpy()
-            taken = self._plan(ids, self.online and online)
-            self._gather(ids, batch)
+            taken = self._plan(batch["ids"], self.online and online)
+            self._gather(batch)
             self._totals["samples"] += batch_size
             self._totals["online"] += taken
         return batch
 
     def _check_out(self, out: Batch, batch_size: int) -> Batch:
-        wanted = {key.out: (key.batch_shape(batch_size), key.torch) for key in self.keys.values()}
-        wanted["ids"] = ((batch_size, 2), torch.int64)
-        for name, (shape, dtype) in wanted.items():
+        for name, shape, dtype in self._layout(batch_size):
             got = out.get(name)
             fits = got is not None and tuple(got.shape) == shape and got.dtype == dtype
             if not fits or not got.is_contiguous() or got.device.type != "cpu":
@@ -378,15 +385,15 @@ class Replay:
                 )
         return out
 
-    def _plan(self, ids: np.ndarray, online: bool) -> int:
+    def _plan(self, ids: torch.Tensor, online: bool) -> int:
         """Choose windows, write (env, row 1) into ids (B, 2); returns how many were online."""
         if self._native is not None:
             taken, dropped, self._draws = self._native.plan(
-                self._count.ctypes.data, self._next.ctypes.data, self._rng_key, self._draws,
-                len(ids), online, ids.ctypes.data,
-            )  # fmt: skip
+                ids.data_ptr(), len(ids), online, self._rng_key, self._draws
+            )
             self._totals["online_dropped"] += dropped
             return taken
+        ids = ids.numpy()
         oldest = np.maximum(self._count - self.length, 0)
         taken = self._plan_online(ids, oldest) if online else 0
         # choosing an env by its number of windows, then a start in it, is uniform over windows
@@ -415,19 +422,20 @@ class Replay:
             self._next[env] += self.window
         return len(ids)
 
-    def _gather(self, ids: np.ndarray, batch: Batch) -> None:
+    def _gather(self, batch: Batch) -> None:
         """Copy the windows into the batch, then mark rows before an is_first as is_last."""
         if self._native is not None:
-            pointers = [batch[key.out].data_ptr() for key in self.keys.values()]
-            first, last = batch["is_first"].data_ptr(), batch["is_last"].data_ptr()
-            self._native.gather(pointers, ids.ctypes.data, len(ids), first, last)
+            self._native.gather(
+                [batch[name].data_ptr() for name in self._outputs], batch["ids"].data_ptr(),
+                len(batch["ids"]), batch["is_first"].data_ptr(), batch["is_last"].data_ptr(),
+            )  # fmt: skip
             return
-        starts = [(env, (row - 1)) for env, row in ids.tolist()]
+        ids = batch["ids"].tolist()
         for key in self.keys.values():
             lead = (len(ids), key.rows, *key.shape)
             target = _bits(batch[key.out]).reshape(lead)
-            for b, (env, start) in enumerate(starts):
-                slot = (start + key.first) % self.length
+            for b, (env, row) in enumerate(ids):
+                slot = (row - 1 + key.first) % self.length
                 head = min(key.rows, self.length - slot)
                 target[b, :head] = key.ring[env, slot : slot + head]
                 target[b, head:] = key.ring[env, : key.rows - head]
