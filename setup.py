@@ -8,6 +8,7 @@ Environment: FASTWM_NO_EXT, FASTWM_CUDA=auto|0|1, FASTWM_SANITIZE, FASTWM_DEBUG,
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX; docs/install.md explains each.
 """
 
+import hashlib
 import os
 import re
 import shlex
@@ -54,7 +55,8 @@ def compiler_problem() -> str | None:
         command += [str(source), "-o", str(Path(folder, "probe.o"))]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        return f"{command[0]} does not compile C++20: {result.stderr.strip().splitlines()[0]}"
+        said = (result.stderr.strip() or f"exit code {result.returncode}").splitlines()[0]
+        return f"{command[0]} does not compile C++20: {said}"
     return None
 
 
@@ -140,12 +142,27 @@ def cxx_flags() -> tuple[list[str], list[str]]:
     return [*flags, "-O3", "-g0"], ["-s"] if sys.platform == "linux" else []
 
 
+def write_build_header() -> str:
+    """A header with a hash of all schemas: lets Python notice a library of another version."""
+    text = (
+        f'#define FWM_SCHEMAS "{hashlib.sha256(Path("csrc/ops.cpp").read_bytes()).hexdigest()}"\n'
+    )
+    header = Path("build/generated/fwm_schemas.h").resolve()
+    if not header.is_file() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
+    return str(header.parent)
+
+
 def torch_extensions() -> list:
     from torch.utils import cpp_extension
 
     flags, link = cxx_flags()
     flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *flags]
-    common = {"include_dirs": [os.path.abspath("csrc")], "py_limited_api": True}
+    common = {
+        "include_dirs": [os.path.abspath("csrc"), write_build_header()],
+        "py_limited_api": True,
+    }
     sources = ["csrc/ops.cpp", *glob("csrc/ops_cpu*.cpp"), *glob("csrc/cpu/*.cpp")]
     extensions = [
         cpp_extension.CppExtension(
@@ -204,6 +221,23 @@ def replay_extension() -> list:
     ]
 
 
+def build_command():
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        """Leaves the libraries in the checkout as well: `python -m fastwm.train` run there imports
+        the checkout, not what pip installed, and would find no kernels."""
+
+        def run(self) -> None:
+            super().run()
+            try:
+                self.copy_extensions_to_source()
+            except OSError as error:
+                note(f"cannot write to the checkout ({error}): run fastwm from another folder")
+
+    return Build
+
+
 def build_options() -> dict:
     if flag("FASTWM_NO_EXT") or flag("FASTWM_METADATA_ONLY"):
         return {}
@@ -213,11 +247,9 @@ def build_options() -> dict:
         return {}
     check_torch()
     set_jobs()
-    from torch.utils.cpp_extension import BuildExtension
-
     return {
         "ext_modules": torch_extensions() + replay_extension(),
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": build_command()},
     }
 
 

@@ -4,9 +4,18 @@
 // `x` and its `x_backward` are joined by an autograd.Function in fastwm/ops/<stem>.py, which is what
 // people should call. Kernels: csrc/cpu/<stem>.cpp and csrc/cuda/<stem>.cu.
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+
+#include "fwm_schemas.h"  // written by setup.py
+
+static std::string build_info() {
+  return "torch " TORCH_VERSION ", compiler " __VERSION__ ", schemas " FWM_SCHEMAS;
+}
 
 STABLE_TORCH_LIBRARY(fastwm, m) {
-  // What is running: bound in ops_cpu.cpp.
+  // What is running.
   m.def("build_info() -> str");
   m.def("cpu_capability() -> str");
 
@@ -14,4 +23,8 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
   m.def("lambda_return(Tensor reward, Tensor value, Tensor discount, Tensor trace) -> Tensor");
   m.def("lambda_return_backward(Tensor grad_returns, Tensor returns, Tensor value, Tensor discount, "
         "Tensor trace) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastwm, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
 }

@@ -2,7 +2,6 @@
 // kernel. Together with its siblings ops_cpu_*.cpp the only CPU code that sees torch; each sibling
 // has its own STABLE_TORCH_LIBRARY_IMPL block.
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/version.h>
 
 #include <string>
 #include <tuple>
@@ -12,8 +11,6 @@
 
 namespace fastwm {
 namespace {
-
-std::string build_info() { return "torch " TORCH_VERSION ", compiler " __VERSION__; }
 
 std::string cpu_capability_name() { return cpu_capability(); }
 
@@ -66,7 +63,6 @@ std::tuple<Tensor, Tensor, Tensor> lambda_return_backward_cpu(Tensor grad_return
 }  // namespace fastwm
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CompositeExplicitAutograd, m) {
-  m.impl("build_info", TORCH_BOX(&fastwm::build_info));
   m.impl("cpu_capability", TORCH_BOX(&fastwm::cpu_capability_name));
 }
 

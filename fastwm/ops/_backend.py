@@ -6,6 +6,7 @@ plain PyTorch references in charge, with one warning that names the cause.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import warnings
@@ -34,6 +35,14 @@ def _is_truncated(path: Path) -> bool:
     return path.stat().st_size < table + size * count
 
 
+def _is_stale() -> bool:
+    """In a checkout: whether csrc/ops.cpp has changed since the library was built."""
+    schemas = _PACKAGE.parent / "csrc/ops.cpp"
+    if not schemas.is_file():
+        return False
+    return hashlib.sha256(schemas.read_bytes()).hexdigest() not in raw.build_info()
+
+
 def _load(name: str, device: str) -> None:
     global _names
     found = sorted(_PACKAGE.glob(f"{name}.abi3.so")) or sorted(_PACKAGE.glob(f"{name}.pyd"))
@@ -43,6 +52,8 @@ def _load(name: str, device: str) -> None:
         if _is_truncated(found[0]):
             raise OSError("the file is truncated")
         torch.ops.load_library(str(found[0]))
+        if device == "cpu" and _is_stale():
+            raise OSError("it was built from another version of csrc/ops.cpp")
     except (OSError, RuntimeError) as error:
         cause = str(error.__cause__ or error).strip().splitlines()[0]  # torch wraps it
         _state[device] = f"failed to load: {cause}"
@@ -116,7 +127,7 @@ def backend_info() -> dict[str, str]:
     info = {"torch": torch.__version__, "cpu": _state["cpu"], "cuda": _state["cuda"]}
     if "cpu" in _kernels:
         info["cpu_capability"] = raw.cpu_capability()
-        info["build"] = raw.build_info()
+        info["build"] = raw.build_info().split(", schemas")[0]
     info["backend"] = "fused" if _fused and _kernels else "reference"
     return info
 

@@ -1,0 +1,30 @@
+# One plain command each; nothing is hidden behind them.
+PYTHON ?= python
+
+.PHONY: build test quick bench fmt check ci clean
+
+build:          ## compile the extension in place
+	$(PYTHON) setup.py build_ext --inplace
+
+test:           ## all tests
+	$(PYTHON) -m pytest
+
+quick:          ## without the slow ones
+	$(PYTHON) -m pytest -q -m "not slow"
+
+bench:          ## all benchmarks
+	$(PYTHON) -m pytest benchmarks
+
+fmt:            ## format Python and C++
+	$(PYTHON) -m ruff format .
+	clang-format -i $$(git ls-files 'csrc/*')
+
+check:          ## lint
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+ci:             ## what continuous integration runs
+	.ci/run
+
+clean:
+	rm -rf build *.egg-info fastwm/*.so
