@@ -94,7 +94,8 @@ class ObsMap:
             unused.discard(name)
             if name in options.ignore:
                 continue
-            target, function, fresh = _obs_leaf(f"{who}: observation {name!r}", leaf, options)
+            label = _label("observation", path)
+            target, function, fresh = _obs_leaf(f"{who}: {label}", leaf, options)
             if not path:
                 name = "image" if target.kind == "image" else "vector"
             if copy and not fresh:
@@ -139,6 +140,11 @@ def _leaf_name(path: tuple) -> str:
     name = ".".join(str(key) for key in path) or "vector"
     # The replay has columns of its own under these names.
     return f"obs_{name}" if name in RESERVED or name.startswith(("is_", "reward")) else name
+
+
+def _label(what: str, path: tuple) -> str:
+    """How an error names a leaf: "action 'arm.joint'", or "action" where it is the only one."""
+    return f"{what} {'.'.join(str(key) for key in path)!r}" if path else what
 
 
 def _copied(function: Callable) -> Callable:
@@ -293,7 +299,7 @@ class ActMap:
         for path, leaf in found:
             if kind_of(leaf) == "other":
                 raise EnvSpaceError(
-                    f"{who}: expected action {_leaf_name(path)!r} to be Box, Discrete, "
+                    f"{who}: expected {_label('action', path)} to be Box, Discrete, "
                     f"MultiDiscrete or MultiBinary, got {type(leaf).__name__}; convert it in a "
                     "gymnasium.ActionWrapper"
                 )
@@ -349,8 +355,8 @@ def _discrete(who: str, found: list, bounds: Any, flat: bool) -> tuple[Space, li
             shape = () if kind == "Discrete" else tuple(leaf.nvec.shape)
             counts, start = _classes(leaf)
         if not counts or min(counts) < 1:
-            name = _leaf_name(path)
-            raise EnvSpaceError(f"{who}: expected choices in action {name!r}, got {leaf}")
+            label = _label("action", path)
+            raise EnvSpaceError(f"{who}: expected choices in {label}, got {leaf}")
         columns = None if flat else slice(len(classes), len(classes) + len(counts))
         functions.append(_shift(columns, shape, start.reshape(shape), np.dtype(leaf.dtype)))
         classes += counts
@@ -374,7 +380,7 @@ def _continuous(who: str, found: list, bounds: Any, flat: bool) -> tuple[Space, 
     total = sum(prod(leaf.shape) for _, leaf in found)
     for path, leaf in found:
         size = prod(leaf.shape)
-        low, high = _bounds(f"{who}: action {_leaf_name(path)!r}", leaf, bounds, width, total)
+        low, high = _bounds(f"{who}: {_label('action', path)}", leaf, bounds, width, total)
         columns = slice(width, width + size)
         functions.append(_rescale(columns, tuple(leaf.shape), low, high, np.dtype(leaf.dtype)))
         width += size
