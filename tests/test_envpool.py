@@ -13,7 +13,10 @@ from fastwm.envs import envpool as adapter
 from fastwm.envs.base import spread_seeds
 from fastwm.envs.check import check, random_action
 
-envpool = pytest.importorskip("envpool")
+try:
+    envpool = adapter.load_envpool("test_envpool")  # loads OpenGL first
+except envs.MissingPackageError as error:
+    pytest.skip(str(error), allow_module_level=True)
 pytest.importorskip("gymnasium")
 
 
@@ -132,13 +135,26 @@ def test_images_are_hwc():
 
 
 def test_atari_protocols():
-    options = {"size": (96, 96), "gray": True, "sticky": True, "full_actions": True}
+    options = {"size": (96, 96), "gray": True, "sticky": True, "actions": "all"}
     with envs.make("atari_breakout", 1, **options) as env:
         assert env.obs_space["image"].shape == (96, 96, 1) and env.act_space.classes == (18,)
     with envs.make("atari_breakout", 1, length=40) as env:
         env.reset()
         rows = [env.step(np.zeros(1, np.int32)) for _ in range(10)]
         assert rows[-1]["is_last"].all() and not rows[-1]["is_terminal"].any()
+
+
+def test_dmc_pictures():
+    if not adapter._can_render("WalkerWalk-v1"):
+        with pytest.raises(envs.EnvError, match="OpenGL"):
+            envs.make("dmc_walker_walk", 1, image=True, proprio=False)
+        pytest.skip("no OpenGL here")
+    with envs.make("dmc_walker_walk", 1, image=True, proprio=False) as env:
+        assert list(env.obs_space) == ["image"] and env.obs_space["image"].shape == (64, 64, 3)
+        assert env.reset()["image"].std() > 5
+        assert not check(env, 3).errors
+    with pytest.raises(ValueError, match="got neither"):
+        envs.make("dmc_walker_walk", 1, proprio=False)
 
 
 def test_noop_max_of_zero_would_end_the_process():

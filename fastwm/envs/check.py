@@ -77,7 +77,7 @@ def check(env: VecEnv, steps: int, seed: int = 0) -> Report:
         if step < 4:
             held.append((rows, {name: value.copy() for name, value in rows.items()}))
         if step == min(RESTORE_STEPS, steps):
-            rows = _check_restore(report, env, rows)
+            rows = _check_restore(report, env, rows, step)
         if step == steps:
             break
         last = rows["is_last"].copy()
@@ -142,10 +142,10 @@ def _count(
     running[rows["is_last"]] = 0
 
 
-def _check_restore(report: Report, env: VecEnv, rows: Rows) -> Rows:
+def _check_restore(report: Report, env: VecEnv, rows: Rows, step: int) -> Rows:
     try:
         rows = env.load_state_dict(env.state_dict())
-        report.lines.append(f"restore: exact after {RESTORE_STEPS} decisions or fewer")
+        report.lines.append(f"restore: exact (tried after {step} decisions)")
     except EnvStateError as error:
         report.warnings.append(f"not restorable, a resumed run begins new episodes: {error}")
         rows = env.reset()
@@ -196,7 +196,7 @@ def _judge(report: Report, env: VecEnv, stats: dict, counts: dict) -> None:
     size = max(abs(reward.low), abs(reward.high))
     if size == 0:
         report.warnings.append("reward: always 0 with random actions; exploring may be hard")
-    elif size < 1e-2 or size > 1e3:
+    elif size < 1e-3 or size > 1e3:
         report.warnings.append(f"reward: largest size {size:.3g}; scale it to about 1")
     if counts["episodes"] == 0:
         report.warnings.append("no episode ended; try more --steps, or give it a time limit")

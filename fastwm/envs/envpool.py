@@ -208,3 +208,22 @@ def _can_render(env_id: str) -> bool:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     return done.returncode == 0
+
+
+def pixel_settings(who: str, env_id: str, size: tuple[int, int], camera: int) -> dict[str, Any]:
+    """envpool's options for pictures in place of the state, of MuJoCo families."""
+    load_envpool(who)
+    if not _can_render(env_id):
+        raise EnvError(
+            f"{who}: expected a working OpenGL for image observations, got none; install Mesa's "
+            "EGL (apt install libegl1 libgl1 libgl1-mesa-dri), or start with "
+            "LD_PRELOAD=libGL.so.1 if envpool was imported before fastwm"
+        )
+    height, width = size
+    return {
+        "from_pixels": True,
+        "render_height": height,
+        "render_width": width,
+        "render_camera_id": camera,
+        "frame_stack": 1,
+    }

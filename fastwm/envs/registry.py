@@ -296,23 +296,26 @@ def _atari(
     obs: ObsOptions,
     action_repeat: int = 4,
     sticky: bool | float = False,
-    full_actions: bool = False,
+    actions: str = "needed",
     noops: int = 30,
     length: int = 108_000,
     stack: int = 1,
 ) -> VecEnv:
-    """64 x 64 RGB by default; the 200M-frame protocol is size=(96, 96), gray, sticky, full_actions.
+    """64 x 64 RGB by default; the 200M-frame protocol is size=(96, 96), gray, sticky, all actions.
 
-    sticky: probability that the game repeats the last action instead (True is 0.25).   length: in
-    frames.   noops: at most this many idle frames at the start.   stack: frames in one observation.
+    sticky: probability that the game repeats the last action instead (True is 0.25).
+    actions: "needed" by the game or "all" 18.   noops: at most this many idle frames at the start.
+    length: in frames.   stack: frames in one observation.
     """
+    if actions not in ("needed", "all"):
+        raise ValueError(f"{task}: expected actions to be 'needed' or 'all', got {actions!r}")
     obs = replace(obs, size=obs.size or (64, 64))
     common = {
         "img_height": obs.size[0],
         "img_width": obs.size[1],
         "stack_num": int(stack),
         "noop_max": max(1, int(noops)),
-        "full_action_space": bool(full_actions),
+        "full_action_space": actions == "all",
         "repeat_action_probability": float(0.25 if sticky is True else sticky),
         "use_fire_reset": False,
     }
@@ -351,21 +354,37 @@ def _dmc(
     name: str,
     obs: ObsOptions,
     action_repeat: int = 2,
-    **settings: Any,
+    image: bool = False,
+    proprio: bool = True,
+    camera: int | None = None,
 ) -> VecEnv:
-    """dm_control's suite on its physical state; action_repeat is a true repetition."""
+    """dm_control's suite; action_repeat is a true repetition.
+
+    image: pictures (64 x 64 by default).   proprio: the physical state.   camera: for pictures.
+    """
+    size = obs.size or (64, 64)
+    if camera is None:
+        camera = 2 if name.startswith("quadruped") else 0  # camera 0 looks through its body
+    if not image and not proprio:
+        raise ValueError(f"{task}: expected image or proprio observations, got neither")
 
     def pool() -> VecEnv:
+        from fastwm.envs.envpool import pixel_settings
+
         env_id = _find(task, "dmc", name, _pool_ids(task, "envpool.mujoco.dmc"), "-v1")
-        repeat = {"action_repeat": action_repeat}
-        return _envpool(task, num_envs, seed, env_id=env_id, obs=obs, **repeat, **settings)
+        more = pixel_settings(task, env_id, size, camera) if image else {}
+        options = {"obs": obs, "action_repeat": action_repeat, **more}
+        return _envpool(task, num_envs, seed, env_id=env_id, **options)
 
     def suite() -> VecEnv:
         from fastwm.envs.dm_control import suite_factory
         from fastwm.envs.gymnasium import GymEnv
 
-        factory = suite_factory(task, name, **settings)
+        factory = suite_factory(task, name, size if image else None, proprio, camera)
         return GymEnv(factory, num_envs, seed, task=task, obs=obs, action_repeat=action_repeat)
+
+    if image and proprio:  # envpool returns one or the other
+        return suite()
 
     return _first_of(task, pool, suite)
 
