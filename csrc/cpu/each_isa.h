@@ -1,5 +1,6 @@
-// Includes FWM_SOURCE once per instruction set; see simd.h. No include guard: one use per kernel file.
-// All other headers must come before: code inside a target region may not reach the portable path.
+// Includes FWM_SOURCE once per instruction set; see simd.h. No include guard: one use per kernel
+// file. All other headers must come before: code inside a target region may not reach the portable
+// path.
 #define FWM_ISA base
 #include FWM_SOURCE
 #undef FWM_ISA

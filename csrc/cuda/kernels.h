@@ -8,7 +8,8 @@
 
 namespace fastwm::cuda {
 
-cudaError_t lambda_return(const LambdaReturn& a, float* returns, int64_t batch, cudaStream_t stream);
+cudaError_t lambda_return(const LambdaReturn& a, float* returns, int64_t batch,
+                          cudaStream_t stream);
 cudaError_t lambda_return_backward(const LambdaReturn& a, float* grad_reward, float* grad_value,
                                    float* grad_discount, int64_t batch, cudaStream_t stream);
 

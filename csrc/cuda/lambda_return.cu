@@ -14,8 +14,8 @@ __global__ void lambda_return_kernel(LambdaReturn a, float* __restrict__ returns
     const int64_t in = row * a.length, out = row * (a.length - 1);
     float next = a.value[in + a.length - 1];
     for (int64_t t = a.length - 1; t > 0; --t) {
-      next = lambda_step(a.reward[in + t], a.discount[in + t], a.trace[in + t], a.value[in + t],
-                         next);
+      next =
+          lambda_step(a.reward[in + t], a.discount[in + t], a.trace[in + t], a.value[in + t], next);
       returns[out + t - 1] = next;
     }
   }

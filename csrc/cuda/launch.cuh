@@ -1,5 +1,5 @@
-// What the CUDA kernels share: grid sizes, loops, reductions. No torch: a launcher takes the stream,
-// never synchronises, and returns cudaGetLastError() for the binding to raise.
+// What the CUDA kernels share: grid sizes, loops, reductions. No torch: a launcher takes the
+// stream, never synchronises, and returns cudaGetLastError() for the binding to raise.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@ inline unsigned blocks_for(int64_t elements, int threads = kThreads) {
 }
 
 // for (int64_t i : each element this thread owns)
-#define FWM_GRID_STRIDE(i, n)                                                       \
+#define FWM_GRID_STRIDE(i, n)                                                            \
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < (n); \
        i += static_cast<int64_t>(gridDim.x) * blockDim.x)
 
