@@ -32,7 +32,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.fixture(params=FILES)
-def case(request, golden):
+def case(request, golden, variant):
     golden = golden(request.param)
     obs_space, act_space = spaces_of(golden)
     agent = DreamerAgent(obs_space, act_space, config_of(golden))
