@@ -34,10 +34,15 @@ MISTAKES = (
 
 
 def online_run(config: Any, folder: Path, logger_state: dict | None = None) -> OnlineRun:
-    """Environments, agent, replay and logger of a training run."""
+    """Environments, agent, replay and logger of a training run.
+
+    Nothing is written into the folder before all of them stand.
+    """
     set_up_torch(config)
     vec_env = make_envs(config)(config.envs, seed_of(config.seed, 0))
     agent = make_agent(config, vec_env.obs_space, vec_env.act_space)
+    replay = make_replay(config, agent, folder)
+    checkpoint.write_text(folder / "config.toml", settings.to_toml(config))
     logger = Logger(
         folder,
         steps=config.steps,
@@ -51,7 +56,7 @@ def online_run(config: Any, folder: Path, logger_state: dict | None = None) -> O
         config,
         agent,
         vec_env,
-        make_replay(config, agent, folder),
+        replay,
         logger,
         make_envs(config),
         folder,
@@ -121,10 +126,10 @@ def run_folder(config: Any) -> Path:
     return Path(config.logdir or f"runs/{config.algorithm}-{name}-{stamp}")
 
 
-def open_folder(config: Any, folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def read_folder(config: Any, folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The checkpoint to go on from, if any, and lines about settings that changed since.
 
-    Writes config.toml once it is clear that the folder belongs to this configuration.
+    Raises: CheckpointError when the folder belongs to another configuration. Writes nothing.
     """
     stored = None
     if (folder / "checkpoint" / "latest.pt").exists():
@@ -134,9 +139,7 @@ def open_folder(config: Any, folder: Path) -> tuple[dict[str, Any] | None, list[
         old = settings.resolve(*_algorithm_of(folder))[0]
     else:
         old = config
-    notes = checkpoint.compare(settings.differences(old, config), folder)
-    checkpoint.write_text(folder / "config.toml", settings.to_toml(config))
-    return stored, notes
+    return stored, checkpoint.compare(settings.differences(old, config), folder)
 
 
 def _algorithm_of(folder: Path) -> tuple[str, list[Path]]:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,6 +81,10 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint: expected a file at {path}, found none")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+            bad = archive.testzip()
+        if bad is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {bad}")
         return _unpack(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch reports damage as any of a dozen types
         cause = str(error).strip().split("\n")[0][:120] or type(error).__name__
@@ -135,14 +140,18 @@ def compare(changes: list[tuple[str, Any, Any, bool]], run: Path) -> list[str]:
 
 @contextmanager
 def lock(run: Path) -> Iterator[None]:
-    """Keep a second process out of a run folder; released by the system when a process dies."""
+    """Keep a second process out of a run folder; released by the system when a process dies.
+
+    Makes the folder, and removes it again where nothing was written into it.
+    """
     try:
         import fcntl
     except ImportError:  # not on Windows: there the folder is not guarded
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
-    with open(run / ".lock", "w") as file:
+    path = run / ".lock"
+    with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -150,7 +159,12 @@ def lock(run: Path) -> Iterator[None]:
                 f"run folder {run} is in use by another process; wait for it, "
                 f"or give another --logdir"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            if list(run.iterdir()) == [path]:  # nothing came of it
+                path.unlink()
+                run.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -31,7 +31,7 @@ def train(config, folder) -> int:
     from fastwm.loops import online
 
     with checkpoint.lock(folder):
-        stored, notes = assemble.open_folder(config, folder)
+        stored, notes = assemble.read_folder(config, folder)
         run = assemble.online_run(config, folder, stored and stored["logger"])
         try:
             assemble.announce(run)
