@@ -110,3 +110,21 @@ def test_raw_ops_refuse_forged_input():
         raw.lambda_return(reward, value, discount, trace.double())
     with pytest.raises(RuntimeError, match="grad_returns of shape"):
         raw.lambda_return_backward(value, value[:, 1:], value, discount, trace)
+
+
+@pytest.mark.cuda
+def test_cuda_on_another_stream_and_in_a_graph(close):
+    if not available("cuda", "lambda_return"):
+        pytest.skip("no CUDA kernels")
+    args = [x.detach() for x in inputs((1025, 17))]
+    expected = lambda_return_ref(*(x.double() for x in args))
+    places = [x.cuda() for x in args]
+    with torch.cuda.stream(torch.cuda.Stream()):
+        close(lambda_return(*places).cpu(), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        returns = lambda_return(*places)
+    places[0].add_(1)
+    graph.replay()
+    args[0] += 1
+    close(returns.cpu(), lambda_return_ref(*(x.double() for x in args)))
