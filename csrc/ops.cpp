@@ -23,6 +23,18 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
   m.def("lambda_return(Tensor reward, Tensor value, Tensor discount, Tensor trace) -> Tensor");
   m.def("lambda_return_backward(Tensor grad_returns, Tensor returns, Tensor value, Tensor discount, "
         "Tensor trace) -> (Tensor, Tensor, Tensor)");
+
+  // norm
+  m.def("rms_silu(Tensor x, Tensor scale, float eps) -> Tensor");
+  m.def("rms_silu_backward(Tensor grad_y, Tensor x, Tensor scale, float eps) -> (Tensor, Tensor)");
+
+  // twohot: `second` is a second target on the same logits
+  m.def("twohot_loss(Tensor logits, Tensor bins, Tensor target, Tensor? second, float weight, "
+        "float second_weight) -> Tensor");
+  m.def("twohot_loss_backward(Tensor grad_loss, Tensor logits, Tensor bins, Tensor target, "
+        "Tensor? second, float weight, float second_weight) -> Tensor");
+  m.def("twohot_mean(Tensor logits, Tensor bins) -> Tensor");
+  m.def("twohot_mean_backward(Tensor grad_mean, Tensor logits, Tensor bins) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CompositeExplicitAutograd, m) {

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastwm.ops._backend import available, raw, register_fake, wants_grad
+from fastwm.ops._check import check_dtype, check_same_device, check_shape
+
 __all__ = [
     "symexp",
     "symexp_bins",
@@ -21,6 +24,7 @@ __all__ = [
     "twohot_mean_ref",
 ]
 
+MAX_BINS = 1024  # more than that run on the reference
 BIN_LIMIT = 20.0  # the bins span symexp(-20) .. symexp(20), about +-4.85e8
 
 
@@ -72,18 +76,25 @@ def _as_pair(
     return targets, scale
 
 
-def _check_loss(logits: Tensor, targets: Sequence[Tensor], bins: Tensor) -> None:
-    if bins.dim() != 1 or logits.dim() < 1 or logits.shape[-1] != bins.shape[0]:
-        raise ValueError(
-            f"twohot_loss: expected logits of shape (..., V) and bins of shape (V,), "
-            f"got {tuple(logits.shape)} and {tuple(bins.shape)}"
-        )
+def _check_logits(op: str, logits: Tensor, bins: Tensor) -> None:
+    if logits.dim() < 1:
+        raise ValueError(f"{op}: expected logits of shape (..., V), got ()")
+    check_shape(op, "bins", bins, "(V,)", tuple(logits.shape[-1:]))
+    check_dtype(op, "logits", logits)
+    check_dtype(op, "bins", bins, torch.float32, torch.float64)
+    check_same_device(op, logits=logits, bins=bins)
+
+
+def _check_targets(logits: Tensor, targets: Sequence[Tensor]) -> None:
     for target in targets:
-        if target.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"twohot_loss: expected target of shape (...) = {tuple(logits.shape[:-1])}, "
-                f"got {tuple(target.shape)}"
-            )
+        check_shape("twohot_loss", "target", target, "(...)", tuple(logits.shape[:-1]))
+        check_dtype("twohot_loss", "target", target)
+        check_same_device("twohot_loss", logits=logits, target=target)
+
+
+def _fused(logits: Tensor) -> bool:
+    wide = logits.dtype == torch.float64
+    return available(logits) and not wide and 1 <= logits.shape[-1] <= MAX_BINS
 
 
 def twohot_weights(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,7 +123,6 @@ def twohot_loss_ref(
 ) -> Tensor:  # (…)
     """`twohot_loss` in plain PyTorch."""
     targets, scale = _as_pair(target, weights)
-    _check_loss(logits, targets, bins)
     log_probs = torch.log_softmax(_wide(logits), -1)
     bins = bins.to(log_probs.dtype)
     loss = torch.zeros_like(log_probs[..., 0])
@@ -147,21 +157,48 @@ def twohot_loss(
     Returns:
         (…) float32. Gradient: logits only.
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit. TypeError: types or devices.
     Equivalent to:
         p = two_hot(target, bins)                       # (…, V)
         -(p * torch.log_softmax(logits, -1)).sum(-1)
     """
-    return twohot_loss_ref(logits, target, bins, weights)
+    targets, scale = _as_pair(target, weights)
+    _check_logits("twohot_loss", logits, bins)
+    _check_targets(logits, targets)
+    if not _fused(logits):
+        return twohot_loss_ref(logits, targets, bins, scale)
+    targets = [goal.detach().float() for goal in targets]
+    second = targets[1] if len(targets) == 2 else None
+    args = (logits.float(), bins.float(), targets[0], second, scale[0], scale[-1])
+    return _TwohotLoss.apply(*args) if wants_grad(logits) else raw.twohot_loss(*args)
+
+
+class _TwohotLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, bins, target, second, weight, second_weight):
+        ctx.save_for_backward(logits, bins, target, second)
+        ctx.weights = weight, second_weight
+        return raw.twohot_loss(logits, bins, target, second, weight, second_weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        grad = raw.twohot_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.weights)
+        return grad, None, None, None, None, None
+
+
+@register_fake("twohot_loss")
+def _(logits, bins, target, second, weight, second_weight):
+    return logits.new_empty(logits.shape[:-1])
+
+
+@register_fake("twohot_loss_backward")
+def _(grad_loss, logits, bins, target, second, weight, second_weight):
+    return logits.new_empty(logits.shape)
 
 
 def twohot_mean_ref(logits: Tensor, bins: Tensor) -> Tensor:  # (…, V), (V,) -> (…)
     """`twohot_mean` in plain PyTorch."""
-    if bins.dim() != 1 or logits.dim() < 1 or logits.shape[-1] != bins.shape[0]:
-        raise ValueError(
-            f"twohot_mean: expected logits of shape (..., V) and bins of shape (V,), "
-            f"got {tuple(logits.shape)} and {tuple(bins.shape)}"
-        )
     probs = torch.softmax(_wide(logits), -1)
     count = bins.shape[0]
     half = count // 2
@@ -182,8 +219,34 @@ def twohot_mean(logits: Tensor, bins: Tensor) -> Tensor:  # (…, V), (V,) -> (�
     Returns:
         (…) float32. Gradient: logits.
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit. TypeError: types or devices.
     Equivalent to:
         (torch.softmax(logits, -1) * bins).sum(-1)
     """
-    return twohot_mean_ref(logits, bins)
+    _check_logits("twohot_mean", logits, bins)
+    if not _fused(logits):
+        return twohot_mean_ref(logits, bins)
+    args = (logits.float(), bins.float())
+    return _TwohotMean.apply(*args) if wants_grad(logits) else raw.twohot_mean(*args)
+
+
+class _TwohotMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, bins):
+        ctx.save_for_backward(logits, bins)
+        return raw.twohot_mean(logits, bins)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_mean):
+        return raw.twohot_mean_backward(grad_mean, *ctx.saved_tensors), None
+
+
+@register_fake("twohot_mean")
+def _(logits, bins):
+    return logits.new_empty(logits.shape[:-1])
+
+
+@register_fake("twohot_mean_backward")
+def _(grad_mean, logits, bins):
+    return logits.new_empty(logits.shape)

@@ -1,0 +1,28 @@
+// Two-hot distributions: plain pointers and sizes, see kernels.h.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastwm {
+
+struct TwohotLoss {
+  const float* logits;     // (N, V)
+  const float* bins;       // (V)
+  const float* target[2];  // (N) each; the second may be null
+  float weight[2];
+  const float* grad_loss;  // (N), backward
+  int64_t count;           // V
+};
+void twohot_loss(const TwohotLoss& a, float* loss, int64_t begin, int64_t end);
+void twohot_loss_backward(const TwohotLoss& a, float* grad_logits, int64_t begin, int64_t end);
+
+struct TwohotMean {
+  const float* logits;     // (N, V)
+  const float* bins;       // (V), antisymmetric
+  const float* grad_mean;  // (N), backward
+  int64_t count;           // V
+};
+void twohot_mean(const TwohotMean& a, float* mean, int64_t begin, int64_t end);
+void twohot_mean_backward(const TwohotMean& a, float* grad_logits, int64_t begin, int64_t end);
+
+}  // namespace fastwm
