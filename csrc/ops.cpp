@@ -28,13 +28,23 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
   m.def("rms_silu(Tensor x, Tensor scale, float eps) -> Tensor");
   m.def("rms_silu_backward(Tensor grad_y, Tensor x, Tensor scale, float eps) -> (Tensor, Tensor)");
 
-  // twohot: `second` is a second target on the same logits
+  // twohot: `second` is a second target on the same logits; the other result is sum exp(logits - max)
   m.def("twohot_loss(Tensor logits, Tensor bins, Tensor target, Tensor? second, float weight, "
-        "float second_weight) -> Tensor");
-  m.def("twohot_loss_backward(Tensor grad_loss, Tensor logits, Tensor bins, Tensor target, "
-        "Tensor? second, float weight, float second_weight) -> Tensor");
+        "float second_weight) -> (Tensor, Tensor)");
+  m.def("twohot_loss_backward(Tensor grad_loss, Tensor exp_sum, Tensor logits, Tensor bins, "
+        "Tensor target, Tensor? second, float weight, float second_weight) -> Tensor");
   m.def("twohot_mean(Tensor logits, Tensor bins) -> Tensor");
   m.def("twohot_mean_backward(Tensor grad_mean, Tensor logits, Tensor bins) -> Tensor");
+
+  // latent: noise (…, S) uniform, (…, S, K) Gumbel, or none; `log`: the gradient of log p, else of p
+  m.def("latent_sample(Tensor logits, Tensor? noise, float unimix) -> (Tensor, Tensor)");
+  m.def("latent_one_hot(Tensor index, int classes) -> Tensor");
+  m.def("latent_backward(Tensor grad, Tensor logits, float unimix, bool log) -> Tensor");
+  // dyn, rep, post_entropy, prior_entropy, d rep / d post, d dyn / d prior (empty unless `slopes`)
+  m.def("kl_balance(Tensor post, Tensor prior, float unimix, float free_nats, bool slopes) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("kl_balance_backward(Tensor grad_dyn, Tensor grad_rep, Tensor slope_post, "
+        "Tensor slope_prior) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CompositeExplicitAutograd, m) {

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <tuple>
 
 #include "cpu/twohot.h"
 #include "rows.h"
@@ -34,29 +35,32 @@ LossArgs loss_args(const char* op, const Tensor& logits, const Tensor& bins, con
              rows_arg(op, "target", target, logits, "(...)", rows), target, {}};
   if (second) a.second = rows_arg(op, "second", *second, logits, "(...)", rows);
   a.args = {ptr(a.logits), ptr(a.bins), {ptr(a.target), second ? ptr(a.second) : nullptr},
-            {static_cast<float>(weight), static_cast<float>(second_weight)}, nullptr, count};
+            {static_cast<float>(weight), static_cast<float>(second_weight)}, nullptr, nullptr, count};
   return a;
 }
 
-Tensor twohot_loss_cpu(Tensor logits, Tensor bins, Tensor target, std::optional<Tensor> second,
-                       double weight, double second_weight) {
+std::tuple<Tensor, Tensor> twohot_loss_cpu(Tensor logits, Tensor bins, Tensor target,
+                                           std::optional<Tensor> second, double weight,
+                                           double second_weight) {
   const LossArgs a = loss_args("twohot_loss", logits, bins, target, second, weight, second_weight);
   const auto rows = leading(logits, 1);
-  Tensor loss = allocate(logits, rows);
-  float* out = mutable_ptr(loss);
+  Tensor loss = allocate(logits, rows), exp_sum = allocate(logits, rows);
+  float *out = mutable_ptr(loss), *sums = mutable_ptr(exp_sum);
   parallel(product(rows), 4 * a.args.count,
-           [&](int64_t begin, int64_t end) { twohot_loss(a.args, out, begin, end); });
-  return loss;
+           [&](int64_t begin, int64_t end) { twohot_loss(a.args, out, sums, begin, end); });
+  return {loss, exp_sum};
 }
 
-Tensor twohot_loss_backward_cpu(Tensor grad_loss, Tensor logits, Tensor bins, Tensor target,
-                                std::optional<Tensor> second, double weight,
+Tensor twohot_loss_backward_cpu(Tensor grad_loss, Tensor exp_sum, Tensor logits, Tensor bins,
+                                Tensor target, std::optional<Tensor> second, double weight,
                                 double second_weight) {
   constexpr const char* op = "twohot_loss_backward";
   LossArgs a = loss_args(op, logits, bins, target, second, weight, second_weight);
   const auto rows = leading(logits, 1);
   const Tensor grad = rows_arg(op, "grad_loss", grad_loss, logits, "(...)", rows);
+  const Tensor sums = rows_arg(op, "exp_sum", exp_sum, logits, "(...)", rows);
   a.args.grad_loss = ptr(grad);
+  a.args.exp_sum = ptr(sums);
   Tensor grad_logits = allocate(logits, sizes_of(logits));
   float* out = mutable_ptr(grad_logits);
   parallel(product(rows), 4 * a.args.count,

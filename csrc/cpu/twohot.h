@@ -11,9 +11,10 @@ struct TwohotLoss {
   const float* target[2];  // (N) each; the second may be null
   float weight[2];
   const float* grad_loss;  // (N), backward
+  const float* exp_sum;    // (N), backward: what the forward pass computed
   int64_t count;           // V
 };
-void twohot_loss(const TwohotLoss& a, float* loss, int64_t begin, int64_t end);
+void twohot_loss(const TwohotLoss& a, float* loss, float* exp_sum, int64_t begin, int64_t end);
 void twohot_loss_backward(const TwohotLoss& a, float* grad_logits, int64_t begin, int64_t end);
 
 struct TwohotMean {

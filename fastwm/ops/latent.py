@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastwm.ops._backend import available, raw, register_fake, wants_grad
+from fastwm.ops._check import check_dtype, check_same_device, check_shape
+
 __all__ = [
     "kl_balance",
     "kl_balance_ref",
@@ -16,6 +19,9 @@ __all__ = [
     "straight_through",
     "straight_through_ref",
 ]
+
+
+MAX_CLASSES = 1024  # more than that run on the reference
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -40,18 +46,32 @@ def index_dtype(classes: int) -> torch.dtype:
     return torch.uint8 if classes <= 256 else torch.int64
 
 
-def _check_sample(logits: Tensor, noise: Tensor | None, unimix: float) -> None:
-    if logits.dim() < 2 or logits.shape[-1] < 1:
+def _check_logits(op: str, name: str, logits: Tensor, letters: str, unimix: float) -> None:
+    if logits.dim() < letters.count(",") or logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(
-            f"latent_sample: expected logits of shape (..., S, K), got {tuple(logits.shape)}"
+            f"{op}: expected {name} of shape {letters} with K >= 1, got {tuple(logits.shape)}"
         )
+    check_dtype(op, name, logits)
     if not 0.0 <= unimix <= 1.0:
-        raise ValueError(f"latent_sample: expected unimix in [0, 1], got {unimix}")
-    if noise is not None and noise.shape not in (logits.shape, logits.shape[:-1]):
+        raise ValueError(f"{op}: expected unimix in [0, 1], got {unimix}")
+
+
+def _check_sample(logits: Tensor, noise: Tensor | None, unimix: float) -> None:
+    _check_logits("latent_sample", "logits", logits, "(..., S, K)", unimix)
+    if noise is None:
+        return
+    if noise.shape not in (logits.shape, logits.shape[:-1]):
         raise ValueError(
             f"latent_sample: expected noise of shape (..., S) = {tuple(logits.shape[:-1])} "
             f"(uniform) or (..., S, K) = {tuple(logits.shape)} (Gumbel), got {tuple(noise.shape)}"
         )
+    check_dtype("latent_sample", "noise", noise)
+    check_same_device("latent_sample", logits=logits, noise=noise)
+
+
+def _fused(logits: Tensor) -> bool:
+    wide = logits.dtype == torch.float64
+    return available(logits) and not wide and logits.shape[-1] <= MAX_CLASSES
 
 
 def latent_sample_ref(
@@ -60,7 +80,6 @@ def latent_sample_ref(
     unimix: float = 0.01,
 ) -> tuple[Tensor, Tensor]:  # (…, S), (…, S, K)
     """`latent_sample` in plain PyTorch."""
-    _check_sample(logits, noise, unimix)
     log_probs = _mixed_log_probs(logits, unimix)
     if noise is None:
         index = logits.detach().argmax(-1)
@@ -89,29 +108,49 @@ def latent_sample(
     Returns:
         index (…, S), uint8 (int64 when K > 256), and log p (…, S, K) float32, differentiable.
     Raises:
-        ValueError: shapes that do not fit, unimix outside of [0, 1].
+        ValueError: shapes that do not fit, unimix outside of [0, 1]. TypeError: types or devices.
     Equivalent to:
         p = (1 - unimix) * torch.softmax(logits, -1) + unimix / K
         torch.distributions.Categorical(p).sample(), p.log()
     """
-    return latent_sample_ref(logits, noise, unimix)
+    _check_sample(logits, noise, unimix)
+    if not _fused(logits):
+        return latent_sample_ref(logits, noise, unimix)
+    args = (logits.float(), None if noise is None else noise.detach().float(), float(unimix))
+    return _Sample.apply(*args) if wants_grad(logits) else raw.latent_sample(*args)
 
 
-def _check_straight(index: Tensor, logits: Tensor) -> None:
-    if logits.dim() < 1 or index.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"straight_through: expected index of shape (..., S) = {tuple(logits.shape[:-1])}, "
-            f"got {tuple(index.shape)}"
-        )
+class _Sample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, noise, unimix):
+        index, log_probs = raw.latent_sample(logits, noise, unimix)
+        ctx.mark_non_differentiable(index)
+        ctx.save_for_backward(logits)
+        ctx.unimix = unimix
+        return index, log_probs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _, grad):
+        return raw.latent_backward(grad, *ctx.saved_tensors, ctx.unimix, True), None, None
+
+
+def _check_straight(index: Tensor, logits: Tensor, unimix: float) -> None:
+    op = "straight_through"
+    _check_logits(op, "logits", logits, "(..., S, K)", unimix)
+    check_shape(op, "index", index, "(..., S)", tuple(logits.shape[:-1]))
+    if index.is_floating_point() or index.is_complex():
+        raise TypeError(f"{op}: expected index of an integer dtype, got {index.dtype}")
+    check_same_device(op, logits=logits, index=index)
 
 
 def straight_through_ref(index: Tensor, logits: Tensor, unimix: float = 0.01) -> Tensor:
     """`straight_through` in plain PyTorch."""
-    _check_straight(index, logits)
     probs = _mixed_probs(logits, unimix)
     classes = torch.arange(logits.shape[-1], device=logits.device)
     one_hot = (index.unsqueeze(-1) == classes).to(probs.dtype)
-    return one_hot + (probs - probs.detach())
+    # The value is the one-hot alone: a not-a-number in the logits reaches the gradient only.
+    return one_hot + torch.nan_to_num(probs - probs.detach())
 
 
 def straight_through(
@@ -128,22 +167,38 @@ def straight_through(
     Returns:
         (…, S, K) float32, exactly one-hot. Gradient: logits.
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit. TypeError: types or devices.
     Equivalent to:
         p = (1 - unimix) * torch.softmax(logits, -1) + unimix / K
         F.one_hot(index, K) + p - p.detach()
     """
-    return straight_through_ref(index, logits, unimix)
+    _check_straight(index, logits, unimix)
+    if not _fused(logits):
+        return straight_through_ref(index, logits, unimix)
+    index = index if index.dtype == torch.uint8 else index.long()
+    if wants_grad(logits):
+        return _StraightThrough.apply(index, logits.float(), float(unimix))
+    return raw.latent_one_hot(index, logits.shape[-1])
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, index, logits, unimix):
+        ctx.save_for_backward(logits)
+        ctx.unimix = unimix
+        return raw.latent_one_hot(index, logits.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return None, raw.latent_backward(grad, *ctx.saved_tensors, ctx.unimix, False), None
 
 
 def _check_kl(post: Tensor, prior: Tensor, unimix: float) -> None:
-    if post.dim() < 2 or post.shape[-1] < 1 or post.shape != prior.shape:
-        raise ValueError(
-            f"kl_balance: expected post and prior of one shape (..., S, K), "
-            f"got {tuple(post.shape)} and {tuple(prior.shape)}"
-        )
-    if not 0.0 <= unimix <= 1.0:
-        raise ValueError(f"kl_balance: expected unimix in [0, 1], got {unimix}")
+    _check_logits("kl_balance", "post", post, "(..., S, K)", unimix)
+    check_shape("kl_balance", "prior", prior, "(..., S, K)", tuple(post.shape))
+    check_dtype("kl_balance", "prior", prior)
+    check_same_device("kl_balance", post=post, prior=prior)
 
 
 def kl_balance_ref(
@@ -153,7 +208,6 @@ def kl_balance_ref(
     free_nats: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (…) x4
     """`kl_balance` in plain PyTorch."""
-    _check_kl(post, prior, unimix)
     log_p, log_q = _mixed_log_probs(post, unimix), _mixed_log_probs(prior, unimix)
     p, q = _mixed_probs(post, unimix), _mixed_probs(prior, unimix)
     p0, log_p0 = p.detach(), log_p.detach()
@@ -187,9 +241,56 @@ def kl_balance(
         dyn, rep, post_entropy, prior_entropy: (…) float32 each, in nats. Gradient: dyn to
         prior, rep to post; the entropies are metrics and carry none.
     Raises:
-        ValueError: shapes that do not fit, unimix outside of [0, 1].
+        ValueError: shapes that do not fit, unimix outside of [0, 1]. TypeError: types or devices.
     Equivalent to:
         kl = torch.distributions.kl_divergence(Categorical(p), Categorical(q)).sum(-1)
         kl.clamp(min=free_nats)      # with p or q detached
     """
-    return kl_balance_ref(post, prior, unimix, free_nats)
+    _check_kl(post, prior, unimix)
+    if not (_fused(post) and prior.dtype != torch.float64):
+        return kl_balance_ref(post, prior, unimix, free_nats)
+    args = (post.float(), prior.float(), float(unimix), float(free_nats))
+    if wants_grad(post, prior):
+        return _KlBalance.apply(*args)
+    return raw.kl_balance(*args, False)[:4]
+
+
+class _KlBalance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, post, prior, unimix, free_nats):
+        *values, slope_post, slope_prior = raw.kl_balance(post, prior, unimix, free_nats, True)
+        ctx.mark_non_differentiable(*values[2:])
+        ctx.save_for_backward(slope_post, slope_prior)
+        return tuple(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_dyn, grad_rep, *_):
+        return *raw.kl_balance_backward(grad_dyn, grad_rep, *ctx.saved_tensors), None, None
+
+
+@register_fake("latent_sample")
+def _(logits, noise, unimix):
+    index = logits.new_empty(logits.shape[:-1], dtype=index_dtype(logits.shape[-1]))
+    return index, logits.new_empty(logits.shape)
+
+
+@register_fake("latent_one_hot")
+def _(index, classes):
+    return index.new_empty((*index.shape, classes), dtype=torch.float32)
+
+
+@register_fake("latent_backward")
+def _(grad, logits, unimix, log):
+    return logits.new_empty(logits.shape)
+
+
+@register_fake("kl_balance")
+def _(post, prior, unimix, free_nats, slopes):
+    values = [post.new_empty(post.shape[:-2]) for _ in range(4)]
+    return *values, *(post.new_empty(post.shape if slopes else (0,)) for _ in range(2))
+
+
+@register_fake("kl_balance_backward")
+def _(grad_dyn, grad_rep, slope_post, slope_prior):
+    return slope_post.new_empty(slope_post.shape), slope_prior.new_empty(slope_prior.shape)

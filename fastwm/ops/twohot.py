@@ -170,15 +170,16 @@ def twohot_loss(
     targets = [goal.detach().float() for goal in targets]
     second = targets[1] if len(targets) == 2 else None
     args = (logits.float(), bins.float(), targets[0], second, scale[0], scale[-1])
-    return _TwohotLoss.apply(*args) if wants_grad(logits) else raw.twohot_loss(*args)
+    return _TwohotLoss.apply(*args) if wants_grad(logits) else raw.twohot_loss(*args)[0]
 
 
 class _TwohotLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, bins, target, second, weight, second_weight):
-        ctx.save_for_backward(logits, bins, target, second)
+        loss, exp_sum = raw.twohot_loss(logits, bins, target, second, weight, second_weight)
+        ctx.save_for_backward(exp_sum, logits, bins, target, second)
         ctx.weights = weight, second_weight
-        return raw.twohot_loss(logits, bins, target, second, weight, second_weight)
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -189,11 +190,11 @@ class _TwohotLoss(torch.autograd.Function):
 
 @register_fake("twohot_loss")
 def _(logits, bins, target, second, weight, second_weight):
-    return logits.new_empty(logits.shape[:-1])
+    return logits.new_empty(logits.shape[:-1]), logits.new_empty(logits.shape[:-1])
 
 
 @register_fake("twohot_loss_backward")
-def _(grad_loss, logits, bins, target, second, weight, second_weight):
+def _(grad_loss, exp_sum, logits, bins, target, second, weight, second_weight):
     return logits.new_empty(logits.shape)
 
 

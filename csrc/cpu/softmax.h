@@ -1,0 +1,92 @@
+// What softmax kernels share: an exponential of numbers that are not positive, and walks over a row.
+// All of it is inlined into each instruction set's loops.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "scalars.h"
+
+namespace fastwm {
+
+// exp(x) for x <= 0, to 1e-7 relative; 0 below -87, NaN for NaN. Inlined, it costs half of a call
+// into libmvec. 2^(x / ln 2) = 2^n * exp(r): adding 1.5 * 2^23 rounds to the integer n and leaves n in
+// the low bits, the polynomial is exp on |r| <= ln(2) / 2.
+FWM_HD float exp_nonpos(float x) {
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float shifted = clamped * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
+  float p = 1.98756915e-4f * r + 1.39819995e-3f;
+  p = p * r + 8.33345191e-3f;
+  p = p * r + 4.16657959e-2f;
+  p = p * r + 1.66666665e-1f;
+  p = p * r + 5.00000012e-1f;
+  p = (p * r + 1.0f) * r + 1.0f;
+  uint32_t bits;
+  memcpy(&bits, &shifted, 4);
+  bits = (bits << 23) + 0x3f800000u;
+  float power;
+  memcpy(&power, &bits, 4);
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+// Rows are walked in whole blocks, because a scalar tail would cost as much as all the rest: the
+// last block ends with the row and overlaps its neighbour. Shorter rows take the plain loops.
+constexpr int64_t kBlock = 32;
+
+FWM_HD float row_max(const float* x, int64_t count) {
+  float largest = -INFINITY;
+  if (count < kBlock) {
+    for (int64_t v = 0; v < count; ++v) largest = x[v] > largest ? x[v] : largest;
+    return largest;
+  }
+  float lanes[kBlock];
+  for (int64_t i = 0; i < kBlock; ++i) lanes[i] = x[count - kBlock + i];
+  for (int64_t v = 0; v + kBlock < count; v += kBlock) {
+#pragma omp simd
+    for (int64_t i = 0; i < kBlock; ++i) lanes[i] = x[v + i] > lanes[i] ? x[v + i] : lanes[i];
+  }
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < kBlock; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+  return largest;
+}
+
+// The sum of exp(x - shift), which must not be positive; writes them to `out` if it is not null.
+FWM_HD float row_exp(const float* x, float shift, float* out, int64_t count) {
+  float sum = 0.0f;
+  if (count < kBlock) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t v = 0; v < count; ++v) {
+      const float e = exp_nonpos(x[v] - shift);
+      if (out != nullptr) out[v] = e;
+      sum += e;
+    }
+    return sum;
+  }
+  float lanes[kBlock] = {};
+  int64_t v = 0;
+  for (; v + kBlock <= count; v += kBlock) {
+#pragma omp simd
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const float e = exp_nonpos(x[v + i] - shift);
+      lanes[i] += e;
+      if (out != nullptr) out[v + i] = e;
+    }
+  }
+  const int64_t first = count - kBlock, done = v - first;  // done == kBlock: nothing is left
+  if (done < kBlock) {
+#pragma omp simd
+    for (int64_t i = 0; i < kBlock; ++i) {
+      const float e = exp_nonpos(x[first + i] - shift);
+      lanes[i] += i < done ? 0.0f : e;
+      if (out != nullptr) out[first + i] = e;
+    }
+  }
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < kBlock; ++i) sum += lanes[i];
+  return sum;
+}
+
+}  // namespace fastwm
