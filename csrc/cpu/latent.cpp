@@ -1,5 +1,6 @@
-// Categorical latents, one group of K classes at a time in vectors of 16. A group that is no
-// multiple of 16 is copied to the stack and padded with -inf, whose probability is exactly 0.
+// Categorical latents, one group of K classes at a time in vectors of 16. A group that does not fill
+// its vectors is read with a mask and padded with -inf, whose probability is exactly 0. The common
+// paddings are compile-time constants, so that a group stays in registers.
 #ifndef FWM_ISA
 #include "cpu/latent.h"
 #include "cpu/simd.h"
@@ -46,95 +47,83 @@ void scale_rows(const float* factor, const float* x, float* out, int64_t columns
 
 namespace fastwm::FWM_ISA {
 
-constexpr int64_t kLanes = 16;
+#ifndef FWM_LATENT_PADDED  // calls f<padding> for the group size; 0: any, known at run time only
+#define FWM_LATENT_PADDED(classes, call)        \
+  switch (((classes) + 15) / 16) {              \
+    case 1: call(16); break;                    \
+    case 2: call(32); break;                    \
+    case 4: call(64); break;                    \
+    default: call(0);                           \
+  }
+#endif
 
 // How K classes lie in whole vectors, and how the softmax is mixed with the uniform distribution.
+template <int P>
 struct Layout {
-  int64_t classes, padded;
+  static constexpr int kRoom = P > 0 ? P : static_cast<int>(kMaxClasses);
+  int classes, run_time_padded;
   float keep, share;  // p = keep * softmax + share
   bool mixed;
+
+  Layout(int64_t count, float unimix)
+      : classes(static_cast<int>(count)),
+        run_time_padded((static_cast<int>(count) + 15) / 16 * 16),
+        keep(1.0f - unimix),
+        share(unimix / static_cast<float>(count)),
+        mixed(unimix != 0.0f) {}
+  int padded() const { return P > 0 ? P : run_time_padded; }
 };
 
-static inline Layout layout_of(int64_t classes, float unimix) {
-  const int64_t padded = (classes + kLanes - 1) / kLanes * kLanes;
-  return {classes, padded, 1.0f - unimix, unimix / static_cast<float>(classes), unimix != 0.0f};
-}
+// One categorical distribution: softmax, mixed probabilities and their logarithms; padding has 0.
+template <int P>
+struct Side {
+  float soft[Layout<P>::kRoom], probs[Layout<P>::kRoom], logs[Layout<P>::kRoom];
+};
 
-// The group itself if it fills its vectors, else a padded copy.
-static inline const float* padded_group(const float* x, const Layout& k, float* copy, float fill) {
-  if (k.classes == k.padded) return x;
-  for (int64_t c = 0; c < k.classes; ++c) copy[c] = x[c];
-  for (int64_t c = k.classes; c < k.padded; ++c) copy[c] = fill;
-  return copy;
-}
-
-static inline float sum_lanes(const float* lanes) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < kLanes; ++i) sum += lanes[i];
-  return sum;
-}
-
-static inline float max_of(const float* x, const Layout& k) {
-  float lanes[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = x[i];
-  for (int64_t c = kLanes; c < k.padded; c += kLanes) {
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = x[c + i] > lanes[i] ? x[c + i] : lanes[i];
-  }
-  float largest = -INFINITY;
+// soft = exp(x - max) / sum, logs = (x - max) - log(sum)
+template <int P>
+FWM_HD void softmax(const float* x, const Layout<P>& k, Side<P>& side) {
+  float largest = -INFINITY, lanes[16] = {};
 #pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < kLanes; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-  return largest;
-}
-
-struct Shift {
-  float largest, sum;
-};
-
-// soft = softmax(x) over a padded group
-static inline Shift softmax(const float* x, const Layout& k, float* soft) {
-  const float largest = max_of(x, k);
-  float lanes[kLanes] = {};
-  for (int64_t c = 0; c < k.padded; c += kLanes) {
+  for (int c = 0; c < k.padded(); ++c) {
+    const float logit = c < k.classes ? x[c] : -INFINITY;
+    side.logs[c] = logit;
+    largest = logit > largest ? logit : largest;
+  }
+  for (int c = 0; c < k.padded(); c += 16) {
 #pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const float e = exp_nonpos(x[c + i] - largest);
-      soft[c + i] = e;
-      lanes[i] += e;
+    for (int i = 0; i < 16; ++i) {
+      side.logs[c + i] -= largest;
+      side.soft[c + i] = exp_nonpos(side.logs[c + i]);
+      lanes[i] += side.soft[c + i];
     }
   }
-  const float sum = sum_lanes(lanes), inverse = 1.0f / sum;
-  for (int64_t c = 0; c < k.padded; c += kLanes) {
+  const float sum = sum16(lanes);
+  const float inverse = 1.0f / sum, log_sum = k.mixed ? 0.0f : logf(sum);
 #pragma omp simd
-    for (int64_t i = 0; i < kLanes; ++i) soft[c + i] *= inverse;
+  for (int c = 0; c < k.padded(); ++c) {
+    side.soft[c] *= inverse;
+    side.logs[c] -= log_sum;
   }
-  return {largest, sum};
 }
 
-// Turns soft into probs (in place is allowed) and writes their logarithms; padding gets 0 in both.
-static inline void mix(const float* x, const Layout& k, Shift shift, const float* soft,
-                       float* probs, float* log_probs) {
+template <int P>
+FWM_HD void fill_side(const float* x, const Layout<P>& k, Side<P>& side) {
+  softmax(x, k, side);
   if (k.mixed) {
-    for (int64_t c = 0; c < k.padded; c += kLanes) {
 #pragma omp simd
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const float p = k.keep * soft[c + i] + k.share;
-        probs[c + i] = p;
-        log_probs[c + i] = logf(p);
-      }
+    for (int c = 0; c < k.padded(); ++c) {
+      const float p = k.keep * side.soft[c] + k.share, log_p = logf(p);
+      side.probs[c] = c < k.classes ? p : 0.0f;
+      side.logs[c] = c < k.classes ? log_p : 0.0f;
     }
   } else {
-    const float log_sum = logf(shift.sum);
-    for (int64_t c = 0; c < k.padded; c += kLanes) {
 #pragma omp simd
-      for (int64_t i = 0; i < kLanes; ++i) {
-        probs[c + i] = soft[c + i];
-        log_probs[c + i] = (x[c + i] - shift.largest) - log_sum;
-      }
+    for (int c = 0; c < k.padded(); ++c) {
+      side.probs[c] = side.soft[c];
+      side.logs[c] = c < k.classes ? side.logs[c] : 0.0f;
     }
   }
-  for (int64_t c = k.classes; c < k.padded; ++c) probs[c] = log_probs[c] = 0.0f;
 }
 
 // The first not-a-number if there is one, else the first of the largest.
@@ -148,38 +137,47 @@ static inline int64_t argmax(const float* x, int64_t count) {
 }
 
 // The class where the cumulative mass passes `uniform` of the whole.
-static inline int64_t pick(const float* probs, const Layout& k, float uniform, float* mass) {
+static inline int64_t pick(const float* probs, int64_t count, float uniform, float* mass) {
   float sum = 0.0f;
-  for (int64_t c = 0; c < k.classes; ++c) mass[c] = sum += probs[c];
+  for (int64_t c = 0; c < count; ++c) mass[c] = sum += probs[c];
   const float threshold = uniform * sum;
-  int64_t index = 0;
-  for (int64_t c = 0; c < k.classes; ++c) index += mass[c] <= threshold ? 1 : 0;
-  return index < k.classes ? index : k.classes - 1;
+  int32_t index = 0;
+#pragma omp simd reduction(+ : index)
+  for (int64_t c = 0; c < count; ++c) index += mass[c] <= threshold ? 1 : 0;
+  return index < count ? index : count - 1;
+}
+
+template <int P, class Index>
+static void sample_groups(const LatentSample& a, Index* index, float* log_probs, int64_t begin,
+                          int64_t end) {
+  const Layout<P> k(a.classes, a.unimix);
+  Side<P> side;
+  float scratch[Layout<P>::kRoom];
+  for (int64_t group = begin; group < end; ++group) {
+    const float* x = a.logits + group * a.classes;
+    fill_side(x, k, side);
+    float* out = log_probs + group * a.classes;
+    for (int c = 0; c < k.classes; ++c) out[c] = side.logs[c];
+    int64_t chosen;
+    if (a.kind == Noise::kUniform) {
+      chosen = pick(side.probs, a.classes, a.noise[group], scratch);
+    } else if (a.kind == Noise::kGumbel) {
+      const float* noise = a.noise + group * a.classes;
+      for (int c = 0; c < k.classes; ++c) scratch[c] = side.logs[c] + noise[c];
+      chosen = argmax(scratch, a.classes);
+    } else {
+      chosen = argmax(x, a.classes);
+    }
+    index[group] = static_cast<Index>(chosen);
+  }
 }
 
 template <class Index>
 void latent_sample(const LatentSample& a, Index* index, float* log_probs, int64_t begin,
                    int64_t end) {
-  const Layout k = layout_of(a.classes, a.unimix);
-  float copy[kMaxClasses], probs[kMaxClasses], logs[kMaxClasses], scratch[kMaxClasses];
-  for (int64_t group = begin; group < end; ++group) {
-    const float* x = padded_group(a.logits + group * k.classes, k, copy, -INFINITY);
-    const Shift shift = softmax(x, k, probs);
-    mix(x, k, shift, probs, probs, logs);
-    float* out = log_probs + group * k.classes;
-    for (int64_t c = 0; c < k.classes; ++c) out[c] = logs[c];
-    int64_t chosen;
-    if (a.kind == Noise::kUniform) {
-      chosen = pick(probs, k, a.noise[group], scratch);
-    } else if (a.kind == Noise::kGumbel) {
-      const float* noise = a.noise + group * k.classes;
-      for (int64_t c = 0; c < k.classes; ++c) scratch[c] = logs[c] + noise[c];
-      chosen = argmax(scratch, k.classes);
-    } else {
-      chosen = argmax(x, k.classes);
-    }
-    index[group] = static_cast<Index>(chosen);
-  }
+#define FWM_CALL_PADDED(P) sample_groups<P>(a, index, log_probs, begin, end)
+  FWM_LATENT_PADDED(a.classes, FWM_CALL_PADDED)
+#undef FWM_CALL_PADDED
 }
 
 template <class Index>
@@ -192,91 +190,115 @@ void one_hot(const Index* index, float* out, int64_t classes, int64_t begin, int
   }
 }
 
-void latent_backward(const LatentBackward& a, float* grad_logits, int64_t begin, int64_t end) {
-  const Layout k = layout_of(a.classes, a.unimix);
+template <int P>
+static void backward_groups(const LatentBackward& a, float* grad_logits, int64_t begin,
+                            int64_t end) {
+  const Layout<P> k(a.classes, a.unimix);
   const bool plain_log = a.log && !k.mixed;  // grad - softmax * sum(grad), without dividing by p
-  float copy[kMaxClasses], soft[kMaxClasses], grads[kMaxClasses];
+  Side<P> side;
   for (int64_t group = begin; group < end; ++group) {
-    const float* x = padded_group(a.logits + group * k.classes, k, copy, -INFINITY);
-    softmax(x, k, soft);
-    const float* grad = a.grad + group * k.classes;
-    float dot = 0.0f;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t c = 0; c < k.classes; ++c) {
-      const float divisor = a.log && k.mixed ? k.keep * soft[c] + k.share : 1.0f;
-      const float pull = plain_log ? grad[c] : k.keep * grad[c] / divisor;
-      grads[c] = pull;
-      dot += plain_log ? pull : soft[c] * pull;
-    }
-    float* out = grad_logits + group * k.classes;
+    softmax(a.logits + group * a.classes, k, side);
+    const float* grad = a.grad + group * a.classes;
+    float lanes[16] = {};
+    for (int c = 0; c < k.padded(); c += 16) {
 #pragma omp simd
-    for (int64_t c = 0; c < k.classes; ++c) {
-      out[c] = plain_log ? grads[c] - soft[c] * dot : soft[c] * (grads[c] - dot);
+      for (int i = 0; i < 16; ++i) {
+        const float upstream = c + i < k.classes ? grad[c + i] : 0.0f, soft = side.soft[c + i];
+        const float divisor = a.log && k.mixed ? k.keep * soft + k.share : 1.0f;
+        const float pull = k.keep * upstream / divisor;
+        side.probs[c + i] = pull;
+        lanes[i] += plain_log ? pull : soft * pull;
+      }
+    }
+    const float dot = sum16(lanes);
+    float* out = grad_logits + group * a.classes;
+#pragma omp simd
+    for (int c = 0; c < k.padded(); ++c) {
+      const float pull = side.probs[c], soft = side.soft[c];
+      if (c < k.classes) out[c] = plain_log ? pull - soft * dot : soft * (pull - dot);
     }
   }
 }
 
-// One distribution of a group: softmax, mixed probabilities and their logarithms.
-struct Side {
-  float copy[kMaxClasses], soft[kMaxClasses], probs[kMaxClasses], logs[kMaxClasses];
-};
-
-static inline void fill_side(const float* x, const Layout& k, Side& side) {
-  const float* group = padded_group(x, k, side.copy, -INFINITY);
-  const Shift shift = softmax(group, k, side.soft);
-  mix(group, k, shift, side.soft, side.probs, side.logs);
+void latent_backward(const LatentBackward& a, float* grad_logits, int64_t begin, int64_t end) {
+#define FWM_CALL_PADDED(P) backward_groups<P>(a, grad_logits, begin, end)
+  FWM_LATENT_PADDED(a.classes, FWM_CALL_PADDED)
+#undef FWM_CALL_PADDED
 }
 
 // d KL / d logits of both sides; p / q is bounded below by the mixture, and cancels without one.
-static inline void kl_slopes(const Side& p, const Side& q, const Layout& k, float* slope_post,
-                             float* slope_prior) {
-  float post_dot = 0.0f, prior_dot = 0.0f;
-#pragma omp simd reduction(+ : post_dot, prior_dot)
-  for (int64_t c = 0; c < k.classes; ++c) {
-    const float ratio = k.mixed ? k.keep * q.soft[c] / q.probs[c] : 1.0f;
-    post_dot += p.soft[c] * (p.logs[c] - q.logs[c]);
-    prior_dot += ratio * p.probs[c];
-  }
+template <int P>
+FWM_HD void kl_slopes(Side<P>& p, Side<P>& q, const Layout<P>& k, float* slope_post,
+                      float* slope_prior) {
+  float post_lanes[16] = {}, prior_lanes[16] = {};
+  for (int c = 0; c < k.padded(); c += 16) {
 #pragma omp simd
-  for (int64_t c = 0; c < k.classes; ++c) {
-    const float ratio = k.mixed ? k.keep * q.soft[c] / q.probs[c] : 1.0f;
-    slope_post[c] = k.keep * p.soft[c] * (p.logs[c] - q.logs[c] - post_dot);
-    slope_prior[c] = q.soft[c] * prior_dot - ratio * p.probs[c];
+    for (int i = 0; i < 16; ++i) {
+      const float gap = p.logs[c + i] - q.logs[c + i], soft = q.soft[c + i];
+      const float ratio = k.mixed ? k.keep * soft / (k.keep * soft + k.share) : 1.0f;
+      const float pull = ratio * p.probs[c + i];
+      p.logs[c + i] = gap;
+      q.logs[c + i] = pull;
+      post_lanes[i] += p.soft[c + i] * gap;
+      prior_lanes[i] += pull;
+    }
+  }
+  const float post_dot = sum16(post_lanes), prior_dot = sum16(prior_lanes);
+#pragma omp simd
+  for (int c = 0; c < k.padded(); ++c) {
+    const float post = k.keep * p.soft[c] * (p.logs[c] - post_dot);
+    const float prior = q.soft[c] * prior_dot - q.logs[c];
+    if (c < k.classes) {
+      slope_post[c] = post;
+      slope_prior[c] = prior;
+    }
   }
 }
 
-void kl_balance(const KlBalance& a, const KlOutputs& out, int64_t begin, int64_t end) {
-  const Layout k = layout_of(a.classes, a.unimix);
+// kl, post entropy and prior entropy of a group, added lane by lane
+template <int P>
+FWM_HD void add_kl(const Side<P>& p, const Side<P>& q, const Layout<P>& k, float (*lanes)[16]) {
+  for (int c = 0; c < k.padded(); c += 16) {
+#pragma omp simd
+    for (int i = 0; i < 16; ++i) {
+      lanes[0][i] += p.probs[c + i] * (p.logs[c + i] - q.logs[c + i]);
+      lanes[1][i] -= p.probs[c + i] * p.logs[c + i];
+      lanes[2][i] -= q.probs[c + i] * q.logs[c + i];
+    }
+  }
+}
+
+template <int P>
+static void kl_rows(const KlBalance& a, const KlOutputs& out, int64_t begin, int64_t end) {
+  const Layout<P> k(a.classes, a.unimix);
   const int64_t row_size = a.groups * a.classes;
-  Side p, q;
+  const bool slopes = out.slope_post != nullptr;
+  Side<P> p, q;
   for (int64_t row = begin; row < end; ++row) {
-    float kl[kLanes] = {}, post[kLanes] = {}, prior[kLanes] = {};
+    float lanes[3][16] = {};
     for (int64_t group = 0; group < a.groups; ++group) {
       const int64_t start = row * row_size + group * a.classes;
       fill_side(a.post + start, k, p);
       fill_side(a.prior + start, k, q);
-      for (int64_t c = 0; c < k.padded; c += kLanes) {
-#pragma omp simd
-        for (int64_t i = 0; i < kLanes; ++i) {
-          kl[i] += p.probs[c + i] * (p.logs[c + i] - q.logs[c + i]);
-          post[i] -= p.probs[c + i] * p.logs[c + i];
-          prior[i] -= q.probs[c + i] * q.logs[c + i];
-        }
-      }
-      if (out.slope_post != nullptr) {
-        kl_slopes(p, q, k, out.slope_post + start, out.slope_prior + start);
-      }
+      add_kl(p, q, k, lanes);
+      if (slopes) kl_slopes(p, q, k, out.slope_post + start, out.slope_prior + start);
     }
-    const float value = sum_lanes(kl);
+    const float value = sum16(lanes[0]);
     const bool clipped = value < a.free_nats;
     out.dyn[row] = out.rep[row] = clipped ? a.free_nats : value;
-    out.post_entropy[row] = sum_lanes(post);
-    out.prior_entropy[row] = sum_lanes(prior);
-    if (clipped && out.slope_post != nullptr) {
+    out.post_entropy[row] = sum16(lanes[1]);
+    out.prior_entropy[row] = sum16(lanes[2]);
+    if (clipped && slopes) {
       memset(out.slope_post + row * row_size, 0, row_size * sizeof(float));
       memset(out.slope_prior + row * row_size, 0, row_size * sizeof(float));
     }
   }
+}
+
+void kl_balance(const KlBalance& a, const KlOutputs& out, int64_t begin, int64_t end) {
+#define FWM_CALL_PADDED(P) kl_rows<P>(a, out, begin, end)
+  FWM_LATENT_PADDED(a.classes, FWM_CALL_PADDED)
+#undef FWM_CALL_PADDED
 }
 
 void scale_rows(const float* factor, const float* x, float* out, int64_t columns, int64_t begin,
