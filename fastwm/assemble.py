@@ -6,6 +6,7 @@ import importlib
 import os
 import time
 import tomllib
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,21 @@ def make_envs(config: Any) -> Any:
         "action_repeat": config.env.action_repeat,
         **config.env.options,
     }
-    return lambda num_envs, seed: envs.make(config.task, num_envs, seed, **options)
+
+    def make(num_envs: int, seed: int) -> envs.VecEnv:
+        try:
+            return envs.make(config.task, num_envs, seed, **options)
+        except (ValueError, TypeError) as error:
+            if _raised_by_us(error):
+                raise settings.ConfigError(str(error)) from None
+            raise  # a user's own environment: the traceback is theirs to read
+
+    return make
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 
 
 def make_agent(config: Any, obs_space: dict[str, Space], act_space: Space) -> Any:

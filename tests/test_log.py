@@ -1,0 +1,201 @@
+"""What a run writes: rows, names, shares, pictures; and where it goes on after a restart."""
+
+import io
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastwm.log import SECTIONS, SHORT, Logger, Mean, Stopwatch, gif
+
+
+def rows(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def logger(run, **options) -> Logger:
+    return Logger(run, **{"steps": 100, "every_s": 0, "tensorboard": False} | options)
+
+
+def test_mean_is_the_mean_since_the_last_read():
+    mean = Mean()
+    assert mean.read() == {}
+    for value in (1.0, 2.0, 6.0):
+        mean.add({"a": torch.tensor(value), "flag": torch.tensor(value > 1), "n": torch.tensor(3)})
+    assert mean.read() == {"a": 3.0, "flag": pytest.approx(2 / 3), "n": 3.0}
+    mean.add({"a": torch.tensor(5.0)})
+    assert mean.read() == {"a": 5.0}
+
+
+def test_mean_keeps_nothing_of_the_tensors_it_saw():
+    """An agent may reuse its metric buffers."""
+    mean, buffer = Mean(), torch.tensor(1.0)
+    mean.add({"a": buffer})
+    buffer.fill_(9.0)
+    mean.add({"a": buffer})
+    assert mean.read() == {"a": 5.0} and buffer == 9.0
+
+
+def test_mean_resumes():
+    mean, again = Mean(), Mean()
+    mean.add({"a": torch.tensor(1.0)})
+    again.load_state_dict(mean.state_dict())
+    again.add({"a": torch.tensor(2.0)})
+    assert again.read() == {"a": 1.5}
+    assert mean.read() == {"a": 1.0}
+
+
+def test_time_shares_sum_to_one():
+    watch = Stopwatch()
+    with watch("env"):
+        time.sleep(0.02)
+    with watch("learner"):
+        time.sleep(0.04)
+    time.sleep(0.02)
+    seconds, shares = watch.read()
+    assert set(shares) == {*SECTIONS, "other"}
+    assert sum(shares.values()) == pytest.approx(1.0, abs=1e-6)
+    assert shares["learner"] > shares["env"] > 0 and shares["other"] > 0
+    assert seconds >= 0.08
+    assert watch.read()[1]["learner"] == 0.0
+
+
+def test_a_row_has_everything(tmp_path):
+    log = logger(tmp_path, action_repeat=4)
+    log.train.add(
+        {
+            "loss/policy": torch.tensor(2.0),
+            "loss/recon/image": torch.tensor(3.0),
+            "loss/recon/vector": torch.tensor(1.0),
+            "loss/dyn": torch.tensor(1.5),
+        }
+    )
+    log.episode(10.0, 5)
+    log.episode(20.0, 7)
+    log.set({"eval/return": 300.0, "replay/rows": 64})
+    log.write(10, 2)
+    log.write(20, 4)
+    first, second = rows(tmp_path)
+    assert (first["env_steps"], first["updates"], first["frames"]) == (10, 2, 40)
+    assert first["train/loss/policy"] == first["actor_loss"] == 2.0
+    assert first["model_loss"] == 5.5 and first["kl_divergence"] == 1.5
+    assert first["episode/score"] == 15.0 and first["episode/score_max"] == 20.0
+    assert first["episode/length"] == 6.0 and first["episode/count"] == 2
+    assert first["eval_return"] == 300.0
+    assert sum(v for k, v in first.items() if "share_" in k) == pytest.approx(1.0, abs=0.01)
+    assert second["speed/updates_per_env_step"] == 0.2
+    assert "episode/score" not in second and "eval/return" not in second
+
+
+def test_what_json_cannot_say_is_null(tmp_path):
+    log = logger(tmp_path)
+    log.set({"a": math.nan, "b": math.inf, "c": 1 / 3})
+    log.write(1, 0)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row["a"] is None and row["b"] is None and row["c"] == 0.333333
+
+
+def test_deterministic_rows_hold_no_times(tmp_path):
+    log = logger(tmp_path, deterministic=True)
+    log.write(10, 1)
+    assert not [name for name in rows(tmp_path)[0] if name.startswith("speed/")]
+
+
+def test_resume_cuts_off_what_came_after(tmp_path):
+    log = logger(tmp_path, deterministic=True)
+    log.write(10, 1)
+    log.episode(5.0, 5)
+    log.train.add({"a": torch.tensor(1.0)})
+    state = log.state_dict()
+    log.write(20, 2)
+    log.write(30, 3)
+    expected = (tmp_path / "metrics.jsonl").read_bytes()
+    log.close()
+    again = logger(tmp_path, deterministic=True, resume=state)
+    assert len(rows(tmp_path)) == 1
+    again.write(20, 2)
+    again.write(30, 3)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == expected
+
+
+def test_a_half_written_line_is_cut_off_too(tmp_path):
+    log = logger(tmp_path)
+    log.write(10, 1)
+    state = log.state_dict()
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"env_steps": 2')
+    logger(tmp_path, resume=state).write(20, 2)
+    assert [row["env_steps"] for row in rows(tmp_path)] == [10, 20]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    logger(tmp_path).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_gif_keeps_every_frame_and_the_speed():
+    frames = np.zeros((5, 12, 20, 3), np.uint8)
+    for i in range(5):
+        frames[i, :, 4 * i : 4 * i + 4] = (250, 10 * i, 0)
+    image = Image.open(io.BytesIO(gif(frames, fps=10)))
+    assert image.n_frames == 5 and image.size == (20, 12)
+    assert image.info["duration"] == 100 and image.info["loop"] == 0
+    for i in range(5):
+        image.seek(i)
+        shown = np.asarray(image.convert("RGB")).astype(int)
+        assert np.abs(shown - frames[i]).max() < 20
+
+
+def test_gif_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="at least one frame"):
+        gif([])
+
+
+def test_tensorboard_has_scalars_short_names_and_video(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = logger(tmp_path, tensorboard=True)
+    log.set({"eval/return": 3.0})
+    log.write(10, 1)
+    frames = np.random.default_rng(0).integers(0, 255, (4, 8, 8, 3), dtype=np.uint8)
+    path = log.video("openloop/image", frames, 10)
+    log.close()
+    assert path == tmp_path / "videos" / "openloop_image-000000010.gif"
+    found = events.EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    tags = found.Tags()
+    assert {"eval/return", "eval_return", "speed/env_steps_per_s"} <= set(tags["scalars"])
+    assert found.Scalars("eval_return")[0].step == 10
+    assert found.Images("openloop/image")[0].encoded_image_string == path.read_bytes()
+
+
+def test_missing_tensorboard_warns_once_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.warns(UserWarning, match="pip install tensorboard"):
+        log = logger(tmp_path, tensorboard=True)
+    log.write(1, 0)
+    assert len(rows(tmp_path)) == 1
+
+
+def test_the_bar_tells_what_matters(tmp_path, capsys):
+    log = logger(tmp_path, every_s=0.001)
+    log.episode(12.5, 3)
+    with log.time("learner"):
+        time.sleep(0.01)
+    log.write(50, 5)
+    time.sleep(0.01)
+    log.bar.mininterval = 0
+    log.tick(50, 5)
+    log.bar.refresh()
+    text = capsys.readouterr().err
+    for part in ("50%", "ETA", "updates 5 (0.1 per env_step)", "return 12.5", "learner"):
+        assert part in text
+    log.close()
+
+
+def test_short_names_are_those_that_readers_look_for():
+    assert set(SHORT) == {"eval_return", "model_loss", "actor_loss", "value_loss", "kl_divergence"}
