@@ -310,6 +310,42 @@ def test_example_runs_as_a_task():
     assert not report.errors and "episodes:" in str(report)
 
 
+def vectorized(num_envs, mode):
+    factories = [lambda i=i: Counting(i) for i in range(num_envs)]
+    return gymnasium.vector.SyncVectorEnv(factories, autoreset_mode=mode)
+
+
+def native(num_envs, seed):
+    from fastwm.envs.dummy import DummyEnv
+
+    return DummyEnv(num_envs, seed)
+
+
+def nothing(num_envs):
+    return 3
+
+
+def test_factories_of_vector_environments():
+    with envs.make(f"{__name__}:vectorized", 3, mode="SameStep") as env:
+        assert not check(env, 30).errors
+    with envs.make(f"{__name__}:native", 3, seed=9) as env:
+        assert not check(env, 30).errors and env.seed == 9
+    with pytest.raises(envs.EnvError, match="VecEnv or a gymnasium.vector.VectorEnv, got int"):
+        envs.make(f"{__name__}:nothing", 3)
+
+
+def test_parallel_processes_give_the_same_rows():
+    options = {"seed": 3, "max_episode_steps": 12}
+    with (
+        envs.make("gymnasium:CartPole-v1", 2, **options) as env,
+        envs.make("gymnasium:CartPole-v1", 2, parallel=True, **options) as other,
+    ):
+        assert same([env.reset()], [other.reset()])
+        assert same(drive(env, 40), drive(other, 40))
+    with pytest.raises(ValueError, match="action_repeat of 1 with parallel, got 2"):
+        envs.make("gymnasium:CartPole-v1", 2, parallel=True, action_repeat=2)
+
+
 # --------------------------------------------------------------------------------------- journal
 
 

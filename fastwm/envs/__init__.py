@@ -45,7 +45,8 @@ def make(
         options: the same for every task (None means the task's own choice):
             size (H, W) of images · gray · image_layout "auto"|"hwc"|"chw" · ignore (names of
             observations to leave out) · action_repeat · bounds (low, high) of continuous actions
-            and whatever else the task's constructor takes.
+            · for gymnasium environments also parallel (one process each) and max_crashes;
+            whatever else there is goes to the constructor of the environment.
     Returns: a Journal around the adapter.
     Raises: UnknownTaskError, EnvSpaceError, MissingPackageError.
     """

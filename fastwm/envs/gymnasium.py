@@ -335,6 +335,13 @@ def gym_factory(who: str, env_id: str, settings: dict) -> Callable[[], Any]:
     return lambda: gymnasium.make(spec, disable_env_checker=True, **settings)
 
 
+def in_processes(who: str, factory: Callable[[], Any], num_envs: int) -> Any:
+    """gymnasium's vector environment with one process for each, for environments that are slow."""
+    vector = load_gymnasium(who).vector
+    mode = vector.AutoresetMode.NEXT_STEP
+    return vector.AsyncVectorEnv([factory] * check_num_envs(who, num_envs), autoreset_mode=mode)
+
+
 # Packages that must be imported before gymnasium knows their ids.
 _REGISTERED_BY = {"MiniGrid": "minigrid", "BabyAI": "minigrid", "ALE": "ale_py"}
 

@@ -94,69 +94,72 @@ def _envpool(task: str, num_envs: int, seed: int, *, env_id: str, **options: Any
     return EnvpoolEnv(env_id, num_envs, seed, task=task, **options)
 
 
-def _gymnasium(
+def _singles(
     task: str,
     num_envs: int,
     seed: int,
-    *,
-    env_id: str,
+    factory: Callable[[], Any],
     obs: ObsOptions,
+    *,
     action_repeat: int = 1,
     bounds: Any = None,
     max_crashes: int = 5,
-    **settings: Any,
+    parallel: bool = False,
 ) -> VecEnv:
-    from fastwm.envs.gymnasium import GymEnv, gym_factory
+    """Single gymnasium environments: in this process, or each in a process of its own."""
+    from fastwm.envs.gymnasium import GymEnv, GymVectorEnv, in_processes
 
-    return GymEnv(
-        gym_factory(task, env_id, settings),
-        num_envs,
-        seed,
-        task=task,
-        obs=obs,
-        action_repeat=action_repeat,
-        bounds=bounds,
-        max_crashes=max_crashes,
-    )
+    if not parallel:
+        repeat = {"action_repeat": action_repeat, "max_crashes": max_crashes}
+        return GymEnv(factory, num_envs, seed, task=task, obs=obs, bounds=bounds, **repeat)
+    if action_repeat != 1:
+        raise ValueError(
+            f"{task}: expected action_repeat of 1 with parallel, got {action_repeat}; repeat "
+            "inside the environment, or leave parallel out"
+        )
+    env = in_processes(task, factory, num_envs)
+    return GymVectorEnv(env, seed, task=task, obs=obs, bounds=bounds)
+
+
+SINGLE_OPTIONS = ("action_repeat", "bounds", "max_crashes", "parallel")
+
+
+def _split(options: dict) -> tuple[dict, dict]:
+    """(options of the adapter, options of the environment)"""
+    ours = {name: options[name] for name in SINGLE_OPTIONS if name in options}
+    return ours, {name: value for name, value in options.items() if name not in ours}
+
+
+def _gymnasium(
+    task: str, num_envs: int, seed: int, *, env_id: str, obs: ObsOptions, **options: Any
+) -> VecEnv:
+    from fastwm.envs.gymnasium import gym_factory
+
+    ours, settings = _split(options)
+    return _singles(task, num_envs, seed, gym_factory(task, env_id, settings), obs, **ours)
 
 
 def _factory(
-    task: str,
-    num_envs: int,
-    seed: int,
-    *,
-    path: str,
-    obs: ObsOptions,
-    action_repeat: int = 1,
-    bounds: Any = None,
-    max_crashes: int = 5,
-    **settings: Any,
+    task: str, num_envs: int, seed: int, *, path: str, obs: ObsOptions, **options: Any
 ) -> VecEnv:
-    from fastwm.envs.gymnasium import GymEnv, GymVectorEnv
+    from fastwm.envs.gymnasium import GymVectorEnv
 
+    ours, settings = _split(options)
     function = _import_factory(task, path)
-    if "num_envs" in inspect.signature(function).parameters:
-        if "seed" in inspect.signature(function).parameters:
-            settings = {**settings, "seed": seed}
-        made = function(num_envs=num_envs, **settings)
-        if isinstance(made, VecEnv):
-            made.task, made.seed = task, seed
-            return made
-        if hasattr(made, "single_action_space"):
-            return GymVectorEnv(made, seed, task=task, obs=obs, bounds=bounds)
-        raise EnvError(
-            f"{task}: expected a factory with num_envs to return a fastwm VecEnv or a "
-            f"gymnasium.vector.VectorEnv, got {type(made).__name__}"
-        )
-    return GymEnv(
-        lambda: function(**settings),
-        num_envs,
-        seed,
-        task=task,
-        obs=obs,
-        action_repeat=action_repeat,
-        bounds=bounds,
-        max_crashes=max_crashes,
+    takes = inspect.signature(function).parameters
+    if "num_envs" not in takes:
+        return _singles(task, num_envs, seed, lambda: function(**settings), obs, **ours)
+    if "seed" in takes:
+        settings = {**settings, "seed": seed}
+    made = function(num_envs=num_envs, **settings)
+    if isinstance(made, VecEnv):
+        made.task, made.seed = task, seed
+        return made
+    if hasattr(made, "single_action_space"):
+        return GymVectorEnv(made, seed, task=task, obs=obs, bounds=ours.get("bounds"))
+    raise EnvError(
+        f"{task}: expected a factory with num_envs to return a fastwm VecEnv or a "
+        f"gymnasium.vector.VectorEnv, got {type(made).__name__}"
     )
 
 
