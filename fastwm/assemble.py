@@ -15,6 +15,7 @@ import torch
 from fastwm import checkpoint, envs, ops
 from fastwm import config as settings
 from fastwm.log import Logger
+from fastwm.loops import resume
 from fastwm.loops.evaluate import seed_of
 from fastwm.loops.online import OnlineRun
 from fastwm.replay import Replay
@@ -34,15 +35,16 @@ MISTAKES = (
 )
 
 
-def online_run(config: Any, folder: Path, logger_state: dict | None = None) -> OnlineRun:
-    """Environments, agent, replay and logger of a training run.
+def online_run(config: Any, folder: Path, stored: dict[str, Any] | None = None) -> OnlineRun:
+    """Environments, agent, replay and logger of a training run, new or stored.
 
-    Nothing is written into the folder before all of them stand.
+    Nothing in the folder changes before all of them stand.
     """
     set_up_torch(config)
     vec_env = make_envs(config)(config.envs, seed_of(config.seed, 0))
     agent = make_agent(config, vec_env.obs_space, vec_env.act_space)
     replay = make_replay(config, agent, folder)
+    resume.load_replay(config, replay, folder, stored)
     checkpoint.write_text(folder / "config.toml", settings.to_toml(config))
     logger = Logger(
         folder,
@@ -51,7 +53,7 @@ def online_run(config: Any, folder: Path, logger_state: dict | None = None) -> O
         every_s=config.log.every_s,
         tensorboard=config.log.tensorboard,
         deterministic=config.deterministic,
-        resume=logger_state,
+        resume=stored and stored["logger"],
     )
     return OnlineRun(
         config,

@@ -32,7 +32,7 @@ def train(config, folder) -> int:
 
     with checkpoint.lock(folder):
         stored, notes = assemble.read_folder(config, folder)
-        run = assemble.online_run(config, folder, stored and stored["logger"])
+        run = assemble.online_run(config, folder, stored)
         try:
             assemble.announce(run)
             for note in notes:

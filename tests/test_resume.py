@@ -33,7 +33,7 @@ def latest(folder: Path) -> dict:
 def stored_replay(folder: Path, arguments: list[str]) -> dict:
     """Rings, cursors, and what the next draws would be."""
     config = load(arguments)[0]
-    run = assemble.online_run(config, folder, latest(folder)["logger"])
+    run = assemble.online_run(config, folder, latest(folder))
     run.begin(latest(folder))
     rings = {name: torch.from_numpy(key.ring.copy()) for name, key in run.replay.keys.items()}
     draws = [run.replay.sample(4) for _ in range(3)]
@@ -106,7 +106,7 @@ def test_every_tensor_of_the_agent_is_stored(tmp_path):
     train.main(argv(run, "cartpole", 80))
     stored = latest(run)
     config = load(argv(run, "cartpole", 80))[0]
-    pieces = assemble.online_run(config, run, stored["logger"])
+    pieces = assemble.online_run(config, run, stored)
     agent = pieces.agent
     # Parameters, buffers, optimizer moments and generators, found without asking state_dict.
     found = dict(agent.model.named_parameters()) | dict(agent.model.named_buffers())

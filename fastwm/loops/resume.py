@@ -81,12 +81,10 @@ def counters(run: Any) -> dict[str, Any]:
 
 
 def restore(run: Any, stored: dict[str, Any]) -> None:
-    """Put a run into the state that `save` stored. The logger was opened at its place already."""
+    """Put a run into the state that `save` stored; log and replay are at their places already."""
     run.agent.load_state_dict(stored["agent"])
     _restore_counters(run, stored["counters"])
     run.batch = stored["batch"]
-    if run.replay is not None and stored["replay"] is not None:
-        run.replay.load(run.folder / "replay", stored["replay"])
     fresh = run.agent.initial_state(run.config.envs)
     leaves, shape = pytree.tree_flatten(fresh)
     try:
@@ -104,6 +102,21 @@ def restore(run: Any, stored: dict[str, Any]) -> None:
         if run.replay is not None:
             run.replay.reset_stream()
         run.rows, run.state = run.envs.reset(), fresh
+
+
+def load_replay(config: Any, replay: Any, folder: Path, stored: dict[str, Any] | None) -> None:
+    """Fill a replay with what the checkpoint refers to; with replay.save false it stays empty.
+
+    Raises: CheckpointError when its files are damaged; they stay as they are.
+    """
+    if replay is None or stored is None or stored["replay"] is None or not config.replay.save:
+        return
+    try:
+        replay.load(folder / "replay", stored["replay"])
+    except (RuntimeError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"{error}; go on with an empty replay by --replay.save false"
+        ) from None
 
 
 def _restore_counters(run: Any, state: dict[str, Any]) -> None:
