@@ -45,6 +45,12 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("kl_balance_backward(Tensor grad_dyn, Tensor grad_rep, Tensor slope_post, "
         "Tensor slope_prior) -> (Tensor, Tensor)");
+  // rssm: the loop of the posterior sequence; see csrc/ops_cpu_rssm.cpp for what the lists hold
+  m.def("rssm_scan(Tensor[] weights, int hidden, Tensor deter, Tensor stoch, Tensor action_part, "
+        "Tensor token_part, Tensor is_first, Tensor? noise, float unimix, bool save) -> Tensor[]");
+  m.def("rssm_scan_backward(Tensor[] weights, int hidden, Tensor[] saved, Tensor deter, "
+        "Tensor is_first, float unimix, Tensor grad_deter, Tensor grad_logits, Tensor grad_stoch) "
+        "-> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CompositeExplicitAutograd, m) {

@@ -22,6 +22,12 @@ FWM_HD float silu_grad(float x) {
   return s * (1.0f + x * (1.0f - s));
 }
 
+// deter' of the block GRU from its three gates before their nonlinearities.
+FWM_HD float gru_gate(float reset, float cand, float update, float deter) {
+  const float u = sigmoid(update - 1.0f);
+  return u * tanhf(sigmoid(reset) * cand) + (1.0f - u) * deter;
+}
+
 FWM_HD float symlog(float x) { return copysignf(log1pf(fabsf(x)), x); }
 
 FWM_HD float symexp(float x) { return copysignf(expm1f(fabsf(x)), x); }

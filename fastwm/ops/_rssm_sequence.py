@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastwm.ops._backend import wants_grad
 from fastwm.ops.latent import latent_sample_ref
 
 EPS = 1e-4
@@ -109,7 +110,8 @@ def blocks_times(x: Tensor, weight: Tensor) -> Tensor:
     return out.transpose(0, 1).flatten(1)
 
 
-def scan(weights, deter, stoch, action_part, token_part, is_first, noise, unimix, groups):
+def scan(weights, deter, stoch, action_part, token_part, is_first, noise, unimix, groups,
+         save=True):  # fmt: skip
     """The forward loop. action_part (B, T, D), token_part (B, T, U), biases inside -> Scan."""
     units, classes = weights.units, stoch.shape[-1] // groups
     block = weights.deter // weights.blocks
@@ -241,7 +243,7 @@ def bounded(action: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
     return action / divisor, divisor
 
 
-def forward(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix, scan=scan):
+def forward(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix, scan=scan, save=True):
     """Hoisted products, then the loop -> Scan."""
     units, block = weights.units, weights.deter // weights.blocks
     action, _ = bounded(prev_action, is_first)
@@ -251,7 +253,7 @@ def forward(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix,
     token_part = F.linear(tokens, weights.post[0][0][:, weights.deter :], weights.post[0][1])
     return scan(
         weights, deter, stoch.flatten(1), action_part, token_part, is_first, noise, unimix,
-        stoch.shape[1],
+        stoch.shape[1], save,
     )  # fmt: skip
 
 
@@ -353,7 +355,17 @@ LOOPS = (scan, scan_backward)
 
 def observe(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix, loops=LOOPS):
     """`rssm_observe` on checked, float inputs of one dtype."""
+    tensors = flatten(weights)
+    states = (deter, stoch, tokens, prev_action)
+    if not wants_grad(*states, *tensors):
+        out = forward(
+            unflatten(tensors, len(weights.hidden)), *states, is_first, noise, unimix, loops[0],
+            save=False,
+        )  # fmt: skip
+        shape = stoch.shape[1:]
+        hot = one_hot(out.index, shape[1], out.logits.dtype)
+        return out.deter, out.logits.unflatten(-1, shape), hot.unflatten(-1, shape)
     return Sequence.apply(
         loops, len(weights.hidden), unimix, deter, stoch, tokens, prev_action, is_first, noise,
-        *flatten(weights),
+        *tensors,
     )  # fmt: skip

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastwm.ops import _backend
+from fastwm.ops import _rssm_fused as fused
 from fastwm.ops import _rssm_sequence as sequence
 from fastwm.ops._check import check_dim, check_dtype, check_same_device, check_shape
 from fastwm.ops.latent import latent_sample_ref, straight_through_ref
@@ -212,7 +213,9 @@ def rssm_observe(
     with torch.autocast(deter.device.type, enabled=False):
         if not _backend.fused_wanted() or not is_first.numel():
             return rssm_observe_ref(weights, *args)
-        return sequence.observe(weights, *args)
+        compiled = _backend.available(deter) and deter.dtype == torch.float32
+        loops = fused.LOOPS if compiled else sequence.LOOPS
+        return sequence.observe(weights, *args, loops=loops)
 
 
 def _check_weights(op: str, weights: RSSMWeights, deter: int, stoch: int) -> None:

@@ -1,0 +1,261 @@
+// The posterior sequence, forward: seven phases a step, of which four are products with weights
+// that were packed once per call. What a step needs of tokens and actions is already summed up in
+// token_part and action_part.
+#ifndef FWM_ISA
+#include "cpu/rssm.h"
+
+#include "cpu/simd.h"
+#define FWM_SOURCE "cpu/rssm.cpp"
+#include "cpu/each_isa.h"
+
+namespace fastwm {
+
+void rssm_scan(const RssmScan& a, Worker worker) { FWM_CALL(rssm_scan)(a, worker); }
+
+// Panels are at most 32 wide; their padding is counted for that width.
+int64_t rssm_packed_floats(int64_t blocks, int64_t out, int64_t depth) {
+  return blocks * ((out + 31) / 32 * 32) * depth + 16;
+}
+
+int64_t rssm_scan_workspace(const RssmSizes& n) {
+  const int64_t d = n.block(), u = n.units, z = n.stoch();
+  return rssm_packed_floats(n.blocks, d, d + 2 * u) +
+         (n.hidden_layers - 1) * rssm_packed_floats(n.blocks, d, d) +
+         rssm_packed_floats(3 * n.blocks, d, d) + rssm_packed_floats(2, u, n.deter) +
+         (n.post_layers - 1) * rssm_packed_floats(1, u, u) + rssm_packed_floats(1, z, u) +
+         z * u + n.batch * (2 * n.deter + 4 * u + z + n.groups) + 256;
+}
+
+int64_t rssm_phases(const RssmSizes& n) {
+  const int64_t layers = 2 * (n.hidden_layers + n.post_layers);
+  return 24 + layers + n.time * (10 + layers);
+}
+
+}  // namespace fastwm
+
+#else
+
+#include "cpu/rssm_body.h"
+
+namespace fastwm::FWM_ISA {
+namespace {
+
+struct Forward {
+  const RssmScan& a;
+  const RssmSizes& n;
+  Worker& worker;
+  const int64_t d, u, z;  // D/G, U, S*K
+  const Items items;
+  Packed hidden[kRssmLayers], post[kRssmLayers], gru, from_deter, logit;
+  float* stoch_rows;  // (S*K, U): one row of it per chosen class
+  float *deter, *raw, *x, *h, *o, *e;
+  int32_t* index;
+
+  FWM_INLINE Forward(const RssmScan& a_, Worker& worker_)
+      : a(a_), n(a.size), worker(worker_), d(n.block()), u(n.units), z(n.stoch()),
+        items(n.batch) {
+    Arena arena{a.workspace};
+    hidden[0].place(arena, n.blocks, d, d + 2 * u);
+    for (int64_t i = 1; i < n.hidden_layers; ++i) hidden[i].place(arena, n.blocks, d, d);
+    for (int64_t i = 1; i < n.post_layers; ++i) post[i].place(arena, 1, u, u);
+    gru.place(arena, 3 * n.blocks, d, d);  // block 3g + gate
+    from_deter.place(arena, 2, u, n.deter);
+    logit.place(arena, 1, z, u);
+    stoch_rows = arena.take(z * u);
+    deter = arena.take(n.batch * n.deter);
+    raw = arena.take(n.batch * u);
+    x = arena.take(n.batch * 2 * u);
+    h = arena.take(n.batch * n.deter);
+    o = arena.take(n.batch * u);
+    e = arena.take(n.batch * z);
+    index = reinterpret_cast<int32_t*>(arena.take(n.batch * n.groups));
+  }
+
+  void pack_weights() {
+    const RssmWeights& w = a.weights;
+    for (int64_t i = 0; i < n.hidden_layers; ++i) {
+      const Packed& p = hidden[i];
+      const int64_t rows = i == 0 ? d + 3 * u : d;
+      worker.run(p.count(), [&](int64_t j) {
+        const float* source = w.hidden[i].weight + p.block(j) * rows * d + p.column(j);
+        pack(p.panel(j), 0, p.depth, p.width(j), source, 1, d);
+      });
+    }
+    worker.run(gru.count(), [&](int64_t j) {
+      const float* source = w.gru.weight + gru.block(j) / 3 * d * 3 * d + gru.block(j) % 3 * d;
+      pack(gru.panel(j), 0, d, gru.width(j), source + gru.column(j), 1, 3 * d);
+    });
+    worker.run(from_deter.count(), [&](int64_t j) {
+      const int64_t step = from_deter.block(j) == 0 ? n.deter + n.embed : n.deter;
+      const float* source = from_deter.block(j) == 0 ? w.post[0].weight : w.deter_in.weight;
+      source += from_deter.column(j) * step;
+      pack(from_deter.panel(j), 0, n.deter, from_deter.width(j), source, step, 1);
+    });
+    for (int64_t i = 1; i < n.post_layers; ++i) {
+      pack_dense(post[i], w.post[i].weight, u);
+    }
+    pack_dense(logit, w.post_logit.weight, u);
+    worker.run(z, [&](int64_t j) {
+      for (int64_t i = 0; i < u; ++i) stoch_rows[j * u + i] = w.stoch_in.weight[i * z + j];
+    });
+  }
+
+  FWM_INLINE void pack_dense(const Packed& p, const float* weight, int64_t depth) {
+    worker.run(p.count(), [&](int64_t j) {
+      pack(p.panel(j), 0, depth, p.width(j), weight + p.column(j) * depth, depth, 1);
+    });
+  }
+
+  // What step t needs of the state before it: reset, both input branches.
+  FWM_INLINE void prepare(int64_t b, int64_t t) {
+    const bool first = a.is_first[b * n.time + t];
+    float *pre = a.inner.at(b, t), *before = deter + b * n.deter;
+    const float *bias = a.weights.deter_in.bias, *from = raw + b * u;
+    if (first) {
+      for (int64_t i = 0; i < n.deter; ++i) before[i] = 0.0f;
+      for (int64_t i = 0; i < u; ++i) pre[i] = bias[i];
+    } else {
+      for (int64_t i = 0; i < u; ++i) pre[i] = from[i] + bias[i];
+    }
+    for (int64_t i = 0; i < u; ++i) pre[u + i] = a.weights.stoch_in.bias[i];
+    if (!first && t == 0) {
+      for (int64_t j = 0; j < z; ++j) add_row(pre + u, j, a.stoch[b * z + j]);
+    } else if (!first) {
+      for (int64_t s = 0; s < n.groups; ++s) {
+        add_row(pre + u, s * n.classes + index[b * n.groups + s], 1.0f);
+      }
+    }
+    activate(pre, a.weights.deter_in.scale, u, x + b * 2 * u);
+    activate(pre + u, a.weights.stoch_in.scale, u, x + b * 2 * u + u);
+  }
+
+  FWM_INLINE void add_row(float* y, int64_t row, float factor) const {
+    if (factor == 0.0f) return;
+    const float* w = stoch_rows + row * u;
+#pragma omp simd
+    for (int64_t i = 0; i < u; ++i) y[i] += factor * w[i];
+  }
+
+  // One product per panel: y(:, block * out + column) = init + x_block times the panel.
+  FWM_INLINE void layer(const Packed& w, const float* in, int64_t in_row, int64_t in_block,
+                        const Part& shared, const float* init, int64_t init_row,
+                        const RssmView& to, int64_t t) {
+    worker.run(items.count(w), [&](int64_t i) {
+      const int64_t j = items.panel(i), column = w.block(j) * w.out + w.column(j);
+      const Part own{in + w.block(j) * in_block, in_row, w.depth - shared.depth};
+      const Target target{init + column, init_row, to.at(0, t) + column, to.row, w.width(j)};
+      product(w.panel(j), own, shared, target, items.begin(i), items.end(i));
+    });
+  }
+
+  FWM_INLINE void activate_rows(const RssmView& from, int64_t t, const float* scale,
+                                int64_t width, float* to) {
+    worker.run(n.batch, [&](int64_t b) { activate(from.at(b, t), scale, width, to + b * width); });
+  }
+
+  void hidden_layers(int64_t t) {
+    const RssmLayer* w = a.weights.hidden;
+    const Part inner{x, 2 * u, 2 * u};
+    layer(hidden[0], deter, n.deter, d, inner, a.action_part + t * n.deter, n.time * n.deter,
+          a.hidden[0], t);
+    activate_rows(a.hidden[0], t, w[0].scale, n.deter, h);
+    for (int64_t i = 1; i < n.hidden_layers; ++i) {
+      layer(hidden[i], h, n.deter, d, kNone, w[i].bias, 0, a.hidden[i], t);
+      activate_rows(a.hidden[i], t, w[i].scale, n.deter, h);
+    }
+  }
+
+  // Three products for the same units, then the gates on what is still in cache.
+  void gates(int64_t t) {
+    const int64_t panels = gru.panels, count = n.blocks * panels * items.chunks;
+    worker.run(count, [&](int64_t i) {
+      const int64_t j = items.panel(i), g = j / panels, c = j % panels;
+      const Part own{h + g * d, n.deter, d};
+      float* y = a.gates.at(0, t);
+      for (int64_t gate = 0; gate < 3; ++gate) {
+        const int64_t item = (3 * g + gate) * panels + c;
+        const int64_t column = (3 * g + gate) * d + c * kPanel;
+        const Target to{a.weights.gru.bias + column, 0, y + column, a.gates.row, gru.width(item)};
+        product(gru.panel(item), own, kNone, to, items.begin(i), items.end(i));
+      }
+      const int64_t first = c * kPanel, width = gru.width(c);
+      for (int64_t b = items.begin(i); b < items.end(i); ++b) {
+        const float* raw_gates = a.gates.at(b, t) + 3 * g * d + first;
+        float* state = deter + b * n.deter + g * d + first;
+        float* out = a.out_deter.at(b, t) + g * d + first;
+#pragma omp simd
+        for (int64_t k = 0; k < width; ++k) {
+          state[k] = gru_gate(raw_gates[k], raw_gates[d + k], raw_gates[2 * d + k], state[k]);
+          out[k] = state[k];
+        }
+      }
+    });
+  }
+
+  // [first posterior layer, next step's deter branch], which read the same state.
+  FWM_INLINE void read_deter(int64_t t, bool both) {
+    const int64_t skip = both ? 0 : from_deter.panels;
+    worker.run((from_deter.count() - skip) * items.chunks, [&](int64_t i) {
+      const int64_t j = items.panel(i) + skip, c = from_deter.column(j);
+      const Part own{deter, n.deter, n.deter};
+      Target to{nullptr, 0, raw + c, u, from_deter.width(j)};
+      if (from_deter.block(j) == 0) {
+        to = {a.token_part + t * u + c, n.time * u, a.post[0].at(0, t) + c, a.post[0].row,
+              from_deter.width(j)};
+      }
+      product(from_deter.panel(j), own, kNone, to, items.begin(i), items.end(i));
+    });
+  }
+
+  void posterior(int64_t t) {
+    const RssmLayer* w = a.weights.post;
+    activate_rows(a.post[0], t, w[0].scale, u, o);
+    for (int64_t i = 1; i < n.post_layers; ++i) {
+      layer(post[i], o, u, 0, kNone, w[i].bias, 0, a.post[i], t);
+      activate_rows(a.post[i], t, w[i].scale, u, o);
+    }
+    layer(logit, o, u, 0, kNone, a.weights.post_logit.bias, 0, a.logits, t);
+  }
+
+  FWM_INLINE void sample(int64_t b, int64_t t) {
+    const float* logits = a.logits.at(b, t);
+    float* mass = e + b * z;
+    exponentials(logits, n.groups, n.classes, mass);
+    const int64_t at = (b * n.time + t) * n.groups;
+    for (int64_t s = 0; s < n.groups; ++s, mass += n.classes, logits += n.classes) {
+      const int64_t chosen = a.noise == nullptr
+                                 ? largest(logits, n.classes)
+                                 : draw(mass, n.classes, a.unimix, a.noise[at + s]);
+      index[b * n.groups + s] = (int32_t)chosen;
+      if (a.index8 != nullptr) a.index8[at + s] = (uint8_t)chosen;
+      if (a.index64 != nullptr) a.index64[at + s] = chosen;
+    }
+  }
+
+  void run() {
+    pack_weights();
+    worker.run(n.batch, [&](int64_t b) {
+      const float* start = a.deter + b * n.deter;
+      for (int64_t i = 0; i < n.deter; ++i) deter[b * n.deter + i] = start[i];
+    });
+    read_deter(0, false);
+    worker.run(n.batch, [&](int64_t b) { prepare(b, 0); });
+    for (int64_t t = 0; t < n.time; ++t) {
+      hidden_layers(t);
+      gates(t);
+      read_deter(t, true);
+      posterior(t);
+      worker.run(n.batch, [&](int64_t b) {
+        sample(b, t);
+        if (t + 1 < n.time) prepare(b, t + 1);
+      });
+    }
+  }
+};
+
+}  // namespace
+
+void rssm_scan(const RssmScan& a, Worker worker) { Forward(a, worker).run(); }
+
+}  // namespace fastwm::FWM_ISA
+#endif

@@ -1,0 +1,241 @@
+// Building blocks of the RSSM kernels, compiled once per instruction set (see simd.h): packed
+// weights, products of a few rows with them, norms. No include guard, and no #include: it sits
+// inside a target region.
+//
+// Rows stay row-major and outputs lie in SIMD lanes: a panel of kPanel output columns is packed as
+// [depth][kPanel], kRows rows at a time keep their sums in registers. A product of B = 16 rows
+// therefore reads every weight once or twice from L2, and any batch size runs without padding.
+// The sum over depth has one order whatever the batch and the threads.
+
+#undef FWM_VECTOR_BYTES
+#undef FWM_ROWS
+#undef FWM_INLINE
+#if defined(__AVX512F__)
+#define FWM_VECTOR_BYTES 64
+#define FWM_ROWS 8
+#elif defined(__AVX2__)
+#define FWM_VECTOR_BYTES 32
+#define FWM_ROWS 6
+#else
+#define FWM_VECTOR_BYTES 16
+#define FWM_ROWS 4
+#endif
+#define FWM_INLINE inline __attribute__((always_inline))
+
+namespace fastwm::FWM_ISA {
+namespace {
+
+typedef float Vec __attribute__((vector_size(FWM_VECTOR_BYTES), aligned(4), may_alias));
+constexpr int64_t kLanes = FWM_VECTOR_BYTES / 4;
+constexpr int64_t kPanel = 2 * kLanes;
+constexpr int kRows = FWM_ROWS;
+constexpr int64_t kChunk = 48;  // rows that share one pass over a panel
+constexpr float kEps = 1e-4f;
+
+FWM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Every worker takes the same pieces of the same workspace.
+struct Arena {
+  float* next;
+  FWM_INLINE float* take(int64_t count) {
+    float* piece = next;
+    next += ceil_div(count, 16) * 16;
+    return piece;
+  }
+};
+
+// `blocks` matrices of (depth, out), each as panels of kPanel columns, the last one zero-padded.
+struct Packed {
+  int64_t blocks = 0, out = 0, depth = 0, panels = 0;
+  float* data = nullptr;
+
+  FWM_INLINE void place(Arena& arena, int64_t blocks_, int64_t out_, int64_t depth_) {
+    blocks = blocks_, out = out_, depth = depth_, panels = ceil_div(out, kPanel);
+    data = arena.take(count() * kPanel * depth);
+  }
+  FWM_INLINE int64_t count() const { return blocks * panels; }
+  FWM_INLINE float* panel(int64_t item) const { return data + item * kPanel * depth; }
+  FWM_INLINE int64_t block(int64_t item) const { return item / panels; }
+  FWM_INLINE int64_t column(int64_t item) const { return item % panels * kPanel; }
+  FWM_INLINE int64_t width(int64_t item) const {
+    const int64_t left = out - column(item);
+    return left < kPanel ? left : kPanel;
+  }
+};
+
+// Rows [first, first + depth) of a panel from source[n * step_out + k * step_in], n < width.
+FWM_INLINE void pack(float* panel, int64_t first, int64_t depth, int64_t width,
+                     const float* source, int64_t step_out, int64_t step_in) {
+  panel += first * kPanel;
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t n = 0; n < width; ++n) panel[k * kPanel + n] = source[n * step_out + k * step_in];
+    for (int64_t n = width; n < kPanel; ++n) panel[k * kPanel + n] = 0.0f;
+  }
+}
+
+// A group of input columns: row r starts at x + r * row.
+struct Part {
+  const float* x;
+  int64_t row, depth;
+};
+
+template <int R>
+FWM_INLINE const float* accumulate(Vec (&sum)[R][2], const Part& part, int64_t row,
+                                   const float* panel) {
+  const float* x = part.x + row * part.row;
+  for (int64_t k = 0; k < part.depth; ++k, panel += kPanel) {
+    const Vec w0 = *(const Vec*)panel, w1 = *(const Vec*)(panel + kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const float s = x[r * part.row + k];
+      sum[r][0] += s * w0;
+      sum[r][1] += s * w1;
+    }
+  }
+  return panel;
+}
+
+struct Target {
+  const float* init;  // null: zero
+  int64_t init_row;   // 0: one vector for all rows
+  float* y;
+  int64_t row, width;
+};
+
+template <int R>
+FWM_INLINE void tile(const float* panel, const Part& a, const Part& b, const Target& to,
+                     int64_t row) {
+  Vec sum[R][2];
+  float edge[kPanel];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    sum[r][0] = sum[r][1] = Vec{};
+    if (to.init == nullptr) continue;
+    const float* init = to.init + (row + r) * to.init_row;
+    if (to.width < kPanel) {
+      for (int64_t n = 0; n < kPanel; ++n) edge[n] = n < to.width ? init[n] : 0.0f;
+      init = edge;
+    }
+    sum[r][0] = *(const Vec*)init;
+    sum[r][1] = *(const Vec*)(init + kLanes);
+  }
+  panel = accumulate<R>(sum, a, row, panel);
+  if (b.depth != 0) accumulate<R>(sum, b, row, panel);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    float* y = to.y + (row + r) * to.row;
+    if (to.width < kPanel) {
+      *(Vec*)edge = sum[r][0];
+      *(Vec*)(edge + kLanes) = sum[r][1];
+      for (int64_t n = 0; n < to.width; ++n) y[n] = edge[n];
+    } else {
+      *(Vec*)y = sum[r][0];
+      *(Vec*)(y + kLanes) = sum[r][1];
+    }
+  }
+}
+
+// y = init + [a, b] times one panel, for rows [begin, end).
+FWM_INLINE void product(const float* panel, const Part& a, const Part& b, const Target& to,
+                        int64_t begin, int64_t end) {
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) tile<kRows>(panel, a, b, to, row);
+  switch (end - row) {
+    case 1: tile<1>(panel, a, b, to, row); break;
+    case 2: tile<2>(panel, a, b, to, row); break;
+    case 3: tile<3>(panel, a, b, to, row); break;
+#if FWM_ROWS > 4
+    case 4: tile<4>(panel, a, b, to, row); break;
+    case 5: tile<5>(panel, a, b, to, row); break;
+#endif
+#if FWM_ROWS > 6
+    case 6: tile<6>(panel, a, b, to, row); break;
+    case 7: tile<7>(panel, a, b, to, row); break;
+#endif
+    default: break;
+  }
+}
+
+constexpr Part kNone{nullptr, 0, 0};
+
+// Items of a phase: panels, each over chunks of rows.
+struct Items {
+  int64_t batch, chunks;
+  FWM_INLINE explicit Items(int64_t batch_) : batch(batch_), chunks(ceil_div(batch_, kChunk)) {}
+  FWM_INLINE int64_t count(const Packed& w) const { return w.count() * chunks; }
+  FWM_INLINE int64_t panel(int64_t item) const { return item / chunks; }
+  FWM_INLINE int64_t begin(int64_t item) const { return item % chunks * kChunk; }
+  FWM_INLINE int64_t end(int64_t item) const {
+    const int64_t stop = begin(item) + kChunk;
+    return stop < batch ? stop : batch;
+  }
+};
+
+FWM_INLINE float inverse_root(const float* x, int64_t n) {
+  float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t i = 0; i < n; ++i) squares += x[i] * x[i];
+  return 1.0f / sqrtf(squares / (float)n + kEps);
+}
+
+// y = silu(x / rms(x) * scale)
+FWM_INLINE void activate(const float* x, const float* scale, int64_t n, float* y) {
+  const float root = inverse_root(x, n);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] = silu(x[i] * root * scale[i]);
+}
+
+// From the gradient g of y: dx into d, y again into y, and the gradient of scale added to total.
+FWM_INLINE void activate_backward(const float* g, const float* x, const float* scale, int64_t n,
+                                  float* d, float* y, float* total) {
+  const float root = inverse_root(x, n);
+  float mean = 0.0f;
+#pragma omp simd reduction(+ : mean)
+  for (int64_t i = 0; i < n; ++i) {
+    const float normed = x[i] * root, z = normed * scale[i];
+    const float s = sigmoid(z);
+    const float dz = g[i] * s * (1.0f + z * (1.0f - s));
+    y[i] = z * s;
+    total[i] += dz * normed;
+    d[i] = dz * scale[i];
+    mean += dz * scale[i] * normed;
+  }
+  mean /= (float)n;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) d[i] = root * (d[i] - x[i] * root * mean);
+}
+
+// e = exp(logits - max of the group), (groups, classes)
+FWM_INLINE void exponentials(const float* logits, int64_t groups, int64_t classes, float* e) {
+  for (int64_t s = 0; s < groups; ++s) {
+    const float* l = logits + s * classes;
+    float top = l[0];
+    for (int64_t k = 1; k < classes; ++k) top = l[k] > top ? l[k] : top;
+    for (int64_t k = 0; k < classes; ++k) e[s * classes + k] = l[k] - top;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < groups * classes; ++i) e[i] = expf(e[i]);
+}
+
+FWM_INLINE int64_t largest(const float* x, int64_t n) {
+  int64_t best = 0;
+  for (int64_t k = 1; k < n; ++k) best = x[k] > x[best] ? k : best;
+  return best;
+}
+
+// The class where the cumulative mass of (1 - unimix) softmax + unimix / K passes the noise; e are
+// the exponentials and become that cumulative mass.
+FWM_INLINE int64_t draw(float* e, int64_t classes, float unimix, float noise) {
+  float total = 0.0f;
+  for (int64_t k = 0; k < classes; ++k) total += e[k];
+  const float scale = (1.0f - unimix) / total, floor = unimix / (float)classes;
+  float mass = 0.0f;
+  for (int64_t k = 0; k < classes; ++k) e[k] = mass += e[k] * scale + floor;
+  const float threshold = noise * mass;
+  int64_t chosen = 0;
+  for (int64_t k = 0; k + 1 < classes; ++k) chosen += e[k] <= threshold;
+  return chosen;
+}
+
+}  // namespace
+}  // namespace fastwm::FWM_ISA
