@@ -10,10 +10,18 @@
 #undef FWM_VECTOR_BYTES
 #undef FWM_ROWS
 #undef FWM_INLINE
-#if defined(__AVX512F__)
+#undef FWM_JOIN_
+#undef FWM_JOIN
+#define FWM_JOIN_(a, b) a##b
+#define FWM_JOIN(a, b) FWM_JOIN_(a, b)
+// By name: __AVX512F__ and its like do not follow the target pragma in C++.
+#define FWM_LEVEL_base 0
+#define FWM_LEVEL_v3 1
+#define FWM_LEVEL_v4 2
+#if FWM_JOIN(FWM_LEVEL_, FWM_ISA) == 2
 #define FWM_VECTOR_BYTES 64
 #define FWM_ROWS 8
-#elif defined(__AVX2__)
+#elif FWM_JOIN(FWM_LEVEL_, FWM_ISA) == 1
 #define FWM_VECTOR_BYTES 32
 #define FWM_ROWS 6
 #else
@@ -79,22 +87,6 @@ struct Part {
   int64_t row, depth;
 };
 
-template <int R>
-FWM_INLINE const float* accumulate(Vec (&sum)[R][2], const Part& part, int64_t row,
-                                   const float* panel) {
-  const float* x = part.x + row * part.row;
-  for (int64_t k = 0; k < part.depth; ++k, panel += kPanel) {
-    const Vec w0 = *(const Vec*)panel, w1 = *(const Vec*)(panel + kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const float s = x[r * part.row + k];
-      sum[r][0] += s * w0;
-      sum[r][1] += s * w1;
-    }
-  }
-  return panel;
-}
-
 struct Target {
   const float* init;  // null: zero
   int64_t init_row;   // 0: one vector for all rows
@@ -102,55 +94,44 @@ struct Target {
   int64_t row, width;
 };
 
-template <int R>
-FWM_INLINE void tile(const float* panel, const Part& a, const Part& b, const Target& to,
-                     int64_t row) {
-  Vec sum[R][2];
-  float edge[kPanel];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    sum[r][0] = sum[r][1] = Vec{};
-    if (to.init == nullptr) continue;
-    const float* init = to.init + (row + r) * to.init_row;
-    if (to.width < kPanel) {
-      for (int64_t n = 0; n < kPanel; ++n) edge[n] = n < to.width ? init[n] : 0.0f;
-      init = edge;
-    }
-    sum[r][0] = *(const Vec*)init;
-    sum[r][1] = *(const Vec*)(init + kLanes);
-  }
-  panel = accumulate<R>(sum, a, row, panel);
-  if (b.depth != 0) accumulate<R>(sum, b, row, panel);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    float* y = to.y + (row + r) * to.row;
-    if (to.width < kPanel) {
-      *(Vec*)edge = sum[r][0];
-      *(Vec*)(edge + kLanes) = sum[r][1];
-      for (int64_t n = 0; n < to.width; ++n) y[n] = edge[n];
-    } else {
-      *(Vec*)y = sum[r][0];
-      *(Vec*)(y + kLanes) = sum[r][1];
-    }
-  }
-}
+// tile1 … tile8: macros, because GCC compiles templates outside of the target region.
+#define FWM_R 1
+#include "cpu/rssm_tile.h"
+#define FWM_R 2
+#include "cpu/rssm_tile.h"
+#define FWM_R 3
+#include "cpu/rssm_tile.h"
+#define FWM_R 4
+#include "cpu/rssm_tile.h"
+#if FWM_ROWS > 4
+#define FWM_R 5
+#include "cpu/rssm_tile.h"
+#define FWM_R 6
+#include "cpu/rssm_tile.h"
+#endif
+#if FWM_ROWS > 6
+#define FWM_R 7
+#include "cpu/rssm_tile.h"
+#define FWM_R 8
+#include "cpu/rssm_tile.h"
+#endif
 
 // y = init + [a, b] times one panel, for rows [begin, end).
 FWM_INLINE void product(const float* panel, const Part& a, const Part& b, const Target& to,
                         int64_t begin, int64_t end) {
   int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) tile<kRows>(panel, a, b, to, row);
+  for (; row + kRows <= end; row += kRows) FWM_JOIN(tile, FWM_ROWS)(panel, a, b, to, row);
   switch (end - row) {
-    case 1: tile<1>(panel, a, b, to, row); break;
-    case 2: tile<2>(panel, a, b, to, row); break;
-    case 3: tile<3>(panel, a, b, to, row); break;
+    case 1: tile1(panel, a, b, to, row); break;
+    case 2: tile2(panel, a, b, to, row); break;
+    case 3: tile3(panel, a, b, to, row); break;
 #if FWM_ROWS > 4
-    case 4: tile<4>(panel, a, b, to, row); break;
-    case 5: tile<5>(panel, a, b, to, row); break;
+    case 4: tile4(panel, a, b, to, row); break;
+    case 5: tile5(panel, a, b, to, row); break;
 #endif
 #if FWM_ROWS > 6
-    case 6: tile<6>(panel, a, b, to, row); break;
-    case 7: tile<7>(panel, a, b, to, row); break;
+    case 6: tile6(panel, a, b, to, row); break;
+    case 7: tile7(panel, a, b, to, row); break;
 #endif
     default: break;
   }

@@ -1,0 +1,50 @@
+// FWM_R rows times one panel, all sums in registers. Included by rssm_body.h once per row count.
+
+FWM_INLINE const float* FWM_JOIN(accumulate, FWM_R)(Vec (&sum)[FWM_R][2], const Part& part,
+                                                    int64_t row, const float* panel) {
+  const float* x = part.x + row * part.row;
+  for (int64_t k = 0; k < part.depth; ++k, panel += kPanel) {
+    const Vec w0 = *(const Vec*)panel, w1 = *(const Vec*)(panel + kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < FWM_R; ++r) {
+      const float s = x[r * part.row + k];
+      sum[r][0] += s * w0;
+      sum[r][1] += s * w1;
+    }
+  }
+  return panel;
+}
+
+FWM_INLINE void FWM_JOIN(tile, FWM_R)(const float* panel, const Part& a, const Part& b, const Target& to,
+                     int64_t row) {
+  Vec sum[FWM_R][2];
+  float edge[kPanel];
+#pragma GCC unroll 8
+  for (int r = 0; r < FWM_R; ++r) {
+    sum[r][0] = sum[r][1] = Vec{};
+    if (to.init == nullptr) continue;
+    const float* init = to.init + (row + r) * to.init_row;
+    if (to.width < kPanel) {
+      for (int64_t n = 0; n < kPanel; ++n) edge[n] = n < to.width ? init[n] : 0.0f;
+      init = edge;
+    }
+    sum[r][0] = *(const Vec*)init;
+    sum[r][1] = *(const Vec*)(init + kLanes);
+  }
+  panel = FWM_JOIN(accumulate, FWM_R)(sum, a, row, panel);
+  if (b.depth != 0) FWM_JOIN(accumulate, FWM_R)(sum, b, row, panel);
+#pragma GCC unroll 8
+  for (int r = 0; r < FWM_R; ++r) {
+    float* y = to.y + (row + r) * to.row;
+    if (to.width < kPanel) {
+      *(Vec*)edge = sum[r][0];
+      *(Vec*)(edge + kLanes) = sum[r][1];
+      for (int64_t n = 0; n < to.width; ++n) y[n] = edge[n];
+    } else {
+      *(Vec*)y = sum[r][0];
+      *(Vec*)(y + kLanes) = sum[r][1];
+    }
+  }
+}
+
+#undef FWM_R
