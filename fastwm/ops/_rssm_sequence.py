@@ -243,7 +243,8 @@ def bounded(action: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
     return action / divisor, divisor
 
 
-def forward(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix, scan=scan, save=True):
+def forward(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix, scan=scan,
+            save=True):  # fmt: skip
     """Hoisted products, then the loop -> Scan."""
     units, block = weights.units, weights.deter // weights.blocks
     action, _ = bounded(prev_action, is_first)

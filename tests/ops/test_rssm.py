@@ -222,6 +222,24 @@ def test_two_runs_are_bit_equal(variant):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_any_number_of_threads_gives_the_same_bits(near):
+    """Large enough for a team of workers; its result may not depend on who computes what."""
+    sizes = {"B": 21, "T": 3, "D": 512, "U": 64, "S": 8, "K": 4, "G": 8, "obs": 2, "dyn": 2}
+    weights, inputs = make_weights(**sizes), make_inputs(**sizes)
+    threads, runs = torch.get_num_threads(), []
+    cotangents = [torch.randn(x.shape) for x in R.rssm_observe(weights, **inputs)]
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            runs.append(all_gradients(R.rssm_observe, weights, inputs, cotangents))
+    finally:
+        torch.set_num_threads(threads)
+    for outputs, grads in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs, runs[0][0], strict=True))
+        for name, grad in grads.items():  # products of the library may split their sums
+            near(grad, runs[0][1][name], who=name)
+
+
 def test_observe_fullgraph_compile(variant, near):
     torch._dynamo.reset()
     weights, inputs = make_weights(), make_inputs(T=2)
