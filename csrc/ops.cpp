@@ -45,6 +45,7 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("kl_balance_backward(Tensor grad_dyn, Tensor grad_rep, Tensor slope_post, "
         "Tensor slope_prior) -> (Tensor, Tensor)");
+
   // rssm: the loop of the posterior sequence; see csrc/ops_cpu_rssm.cpp for what the lists hold
   m.def("rssm_scan(Tensor[] weights, int hidden, Tensor deter, Tensor stoch, Tensor action_part, "
         "Tensor token_part, Tensor is_first, Tensor? noise, float unimix, bool save) -> Tensor[]");
