@@ -220,8 +220,8 @@ class Logger:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
         if self.board:
-            _add_gif(self.board, name, data, frames.shape, env_steps)
-            self.board.add_image(f"{name}_last", frames[-1], env_steps, dataformats="HWC")
+            for tag in (name, name.replace("openloop/", "train_openl/")):
+                _add_gif(self.board, tag, data, frames.shape, env_steps)
         return path
 
     def state_dict(self) -> dict:

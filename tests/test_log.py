@@ -170,7 +170,8 @@ def test_tensorboard_has_scalars_short_names_and_video(tmp_path):
     tags = found.Tags()
     assert {"eval/return", "eval_return", "speed/env_steps_per_s"} <= set(tags["scalars"])
     assert found.Scalars("eval_return")[0].step == 10
-    assert found.Images("openloop/image")[0].encoded_image_string == path.read_bytes()
+    for tag in ("openloop/image", "train_openl/image"):
+        assert found.Images(tag)[0].encoded_image_string == path.read_bytes()
 
 
 def test_missing_tensorboard_warns_once_and_goes_on(tmp_path, monkeypatch):
