@@ -13,7 +13,7 @@ from fastwm.envs.check import check, random_action
 
 gymnasium = pytest.importorskip("gymnasium")
 
-LENGTHS = (2, 3, 5)
+LENGTHS = (1, 3, 5)
 
 
 class Counting(gymnasium.Env):
@@ -122,14 +122,14 @@ class Fragile(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         self._call("reset")
-        self.count = 0
-        return np.zeros(1, np.float32), {}
+        self.count, self.buffer = 0, np.zeros(1, np.float32)
+        return self.buffer, {}
 
     def step(self, action):
         self.count += 1
-        observation = np.full(1, self.count, np.float32)
+        self.buffer[:] = self.count  # its own array, changed before the crash
         self._call("step")
-        return observation, 1.0, self.count == 4, False, {}
+        return self.buffer, 1.0, self.count == 4, False, {}
 
 
 def fragile(*plan, **options):
