@@ -7,21 +7,18 @@ checkpoint does exactly what it would have done.
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastwm import checkpoint
-from fastwm import config as settings
 from fastwm.loops import clock, resume
-from fastwm.loops.evaluate import evaluate, seed_of
+from fastwm.loops.evaluate import evaluate, seed_of, summarize
 from fastwm.loops.finite import FiniteWatch, NonFiniteError
+from fastwm.loops.signals import stop_signals
+from fastwm.loops.transfer import Transfer
 
 DONE, NOT_FINITE = 0, 3  # exit codes; a signal n gives 128 + n
 
@@ -33,6 +30,9 @@ def train(run: OnlineRun, stored: dict[str, Any] | None = None) -> int:
     Returns: the exit code: 0, 3 for non-finite updates, 128 + the signal's number.
     """
     run.begin(stored)
+    if not run.wants_more():
+        run.logger.say(f"finished already at env_steps {run.env_steps}; raise --steps to go on")
+        return DONE
     with stop_signals() as stopped:
         try:
             while run.wants_more() and not stopped:
@@ -44,7 +44,7 @@ def train(run: OnlineRun, stored: dict[str, Any] | None = None) -> int:
                 run.save_if_due()
             run.save()
         except NonFiniteError as error:
-            run.dump(error)
+            resume.dump(run, error)
             return NOT_FINITE
     if stopped:
         run.logger.say(f"stopped at env_steps {run.env_steps}; the same command goes on from here")
@@ -77,6 +77,9 @@ class OnlineRun:
         self.evaluated_at, self.best, self.solved = -1, -np.inf, False
         self.score, self.length = np.zeros(config.envs), np.zeros(config.envs, np.int64)
         self.batch: dict | None = None  # the newest one, for pictures
+        self.transfer: Transfer | None = None
+        if replay is not None:
+            self.transfer = Transfer(replay, agent.device, config.batch_size)
         ratio = config.train_ratio / (config.batch_size * config.batch_length)
         self.ratio = clock.Ratio(ratio, limit=max(1, ceil(4 * ratio * config.envs)))
         self.clocks = {
@@ -128,20 +131,16 @@ class OnlineRun:
     def _update(self) -> None:
         time = self.logger.time
         with time("replay"):
-            batch = self.replay.sample(self.config.batch_size)
+            sampled = self.transfer.sample()
         with time("copy"):
-            moved = {
-                key: value.to(self.agent.device, non_blocking=True) for key, value in batch.items()
-            }
+            self.batch = self.transfer.to_device(sampled)
         with time("learner"):
-            metrics, latents = self.agent.update(moved)
-            latents = {key: value.cpu() for key, value in latents.items()}
+            metrics, latents = self.agent.update(self.batch)
+            self.transfer.wait()
         self.updates += 1
-        self.batch = batch
-        self.finite(metrics["opt/finite"], {"batch": batch, "metrics": metrics})
+        self.finite(metrics["opt/finite"], {"batch": self.batch, "metrics": metrics})
         with time("replay"):
-            if bool(latents["deter"].float().sum().isfinite()):  # never store a broken state
-                self.replay.update_latents(batch["ids"], latents["deter"], latents["stoch"])
+            self.transfer.write_back(sampled["ids"], latents, metrics["opt/finite"])
         with time("log"):
             self.logger.train.add(metrics)
 
@@ -169,22 +168,14 @@ class OnlineRun:
                 mode=options.mode,
                 seed=seed_of(self.config.seed, 1, self.env_steps),
             )
-        mean = float(np.mean(found["scores"]))
         self.evaluated_at = self.env_steps
-        self.logger.set(
-            {
-                "eval/return": mean,
-                "eval/return_std": np.std(found["scores"]),
-                "eval/return_min": np.min(found["scores"]),
-                "eval/length": np.mean(found["lengths"]),
-                "eval/episodes": len(found["scores"]),
-            }
-        )
+        result = summarize(found)
+        mean, std, count = result["mean"], result["std"], result["n"]
+        self.logger.set({"eval/return": mean, "eval/return_std": std, "eval/episodes": count})
+        self.logger.set({"eval/return_min": result["min"], "eval/length": result["length"]})
         self._log()
-        self.logger.say(
-            f"env_steps {self.env_steps}: evaluation {mean:.4g} "
-            f"+- {np.std(found['scores']):.3g} over {len(found['scores'])} episodes"
-        )
+        where = f"env_steps {self.env_steps}, updates {self.updates}"
+        self.logger.say(f"{where}: evaluation {mean:.4g} +- {std:.3g} over {count} episodes")
         if mean > self.best:
             self.best = mean
             if self.config.checkpoint.best:
@@ -223,48 +214,3 @@ class OnlineRun:
     def save(self) -> None:
         with self.logger.time("log"):
             resume.save(self)
-
-    def dump(self, error: NonFiniteError) -> None:
-        """Write what the bad updates were about, and say so in one line."""
-        context = error.context
-        first = self.agent.first_nonfinite(context["batch"])
-        path = self.folder / "nan_dump.pt"
-        checkpoint.save(
-            path,
-            {
-                "first_nonfinite": first,
-                "seed": self.config.seed,
-                "env_steps": self.env_steps,
-                "updates": self.updates,
-                "batch": context["batch"],
-                "metrics": context["metrics"],
-                "agent": self.agent.state_dict(),
-                "config": settings.to_toml(self.config),
-            },
-        )
-        self.logger.say(
-            f"train: {error} at update {self.updates}; first bad tensor: {first}; wrote {path}"
-        )
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM instead of dying; the second one kills as usual."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: Any) -> None:
-        received.append(number)
-        for known, handler in usual.items():
-            signal.signal(known, handler)
-
-    for number in usual:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)

@@ -17,11 +17,14 @@ from torch.utils import _pytree as pytree
 from fastwm import checkpoint
 from fastwm import config as settings
 from fastwm.envs import EnvStateError
+from fastwm.loops.finite import NonFiniteError
 
 
 def save(run: Any) -> None:
     """Write latest.pt, and policy.pt as long as there is no best one."""
     manifest = None
+    if run.transfer is not None:
+        run.transfer.flush()
     if run.replay is not None and run.config.replay.save:
         manifest = run.replay.save(run.folder / "replay")
     checkpoint.save(
@@ -51,6 +54,17 @@ def save_best(run: Any) -> None:
         {**describe(run), "agent": run.agent.state_dict(), "return": run.best},
     )
     _save_policy(run)
+
+
+def dump(run: Any, error: NonFiniteError) -> None:
+    """Write what bad updates were about into nan_dump.pt, and say so in one line."""
+    batch, path = error.context["batch"], run.folder / "nan_dump.pt"
+    first = run.agent.first_nonfinite(batch)
+    found = {"first_nonfinite": first, "seed": run.config.seed, "agent": run.agent.state_dict()}
+    checkpoint.save(path, describe(run) | found | error.context)
+    run.logger.say(
+        f"train: {error} at update {run.updates}; first bad tensor: {first}; wrote {path}"
+    )
 
 
 def describe(run: Any) -> dict[str, Any]:

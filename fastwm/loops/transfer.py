@@ -1,0 +1,82 @@
+"""Batches to the agent's device and latents back to the replay, without stopping a GPU for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+Batch = dict[str, torch.Tensor]
+
+
+class Transfer:
+    """Moves replay batches to a device, and posteriors back.
+
+    On a CPU both happen at once. On a GPU batches go through two pinned buffers in turn, and the
+    latents of an update are written into the replay when the next update is under way: the host
+    is then one update ahead of the device and never further.
+
+    Args: replay: fastwm.replay.Replay. device: of the agent. batch_size: B.
+    """
+
+    def __init__(self, replay: Any, device: torch.device, batch_size: int) -> None:
+        self.replay, self.device, self.batch_size = replay, device, batch_size
+        self.pinned: list[tuple[Batch, torch.cuda.Event]] = []
+        self.waiting: tuple[torch.Tensor, Batch, torch.Tensor, torch.cuda.Event] | None = None
+        if device.type == "cuda":
+            self.pinned = [
+                (replay.empty_batch(batch_size, pin_memory=True), torch.cuda.Event())
+                for _ in range(2)
+            ]
+
+    def sample(self) -> Batch:
+        """The next batch on the CPU; valid until the next but one."""
+        if not self.pinned:
+            return self.replay.sample(self.batch_size)
+        self.pinned.reverse()
+        batch, copied = self.pinned[0]
+        copied.synchronize()
+        return self.replay.sample(self.batch_size, out=batch)
+
+    def to_device(self, batch: Batch) -> Batch:
+        if not self.pinned:
+            return batch
+        moved = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        self.pinned[0][1].record()
+        return moved
+
+    def wait(self) -> None:
+        """Until the latents of the update before are on the host."""
+        if self.waiting is not None:
+            self.waiting[3].synchronize()
+
+    def write_back(self, ids: torch.Tensor, latents: Batch, finite: torch.Tensor) -> None:
+        """Store an update's latents, unless the update was not finite.
+
+        Args: ids: (B, 2) of the batch. latents: deter (B, T, D), stoch (B, T, S). finite: 0-d bool.
+        """
+        self.flush()
+        if not self.pinned:
+            self._store(ids, latents, finite)
+            return
+        host = {key: _to_pinned(value) for key, value in latents.items()}
+        flag, arrived = _to_pinned(finite), torch.cuda.Event()
+        arrived.record()
+        self.waiting = (ids.clone(), host, flag, arrived)
+
+    def flush(self) -> None:
+        """Store what is under way."""
+        self.wait()
+        if self.waiting is not None:
+            ids, latents, finite, _ = self.waiting
+            self.waiting = None
+            self._store(ids, latents, finite)
+
+    def _store(self, ids: torch.Tensor, latents: Batch, finite: torch.Tensor) -> None:
+        if bool(finite):
+            self.replay.update_latents(ids, latents["deter"], latents["stoch"])
+
+
+def _to_pinned(value: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return host.copy_(value, non_blocking=True)
