@@ -30,6 +30,7 @@ MISTAKES = (
     settings.ConfigError,
     checkpoint.CheckpointError,
     envs.UnknownTaskError,
+    envs.EnvOptionError,
     envs.EnvSpaceError,
     envs.MissingPackageError,
 )

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_option(text: str) -> tuple[str, object]:
-    """"name=value" with value as a Python literal, or else as the text itself."""
+    """Split name=value; the value is a Python literal, or else the text itself."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise ValueError(f"check_env: expected --option NAME=VALUE, got {text!r}")

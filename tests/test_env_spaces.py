@@ -28,7 +28,6 @@ from gymnasium.spaces import (  # noqa: E402
 RNG = np.random.default_rng(0)
 
 
-
 # ------------------------------------------------------------------------------------ observations
 
 

@@ -146,7 +146,7 @@ def test_atari_protocols():
 
 def test_dmc_pictures():
     if not adapter._can_render("WalkerWalk-v1"):
-        with pytest.raises(envs.EnvError, match="OpenGL"):
+        with pytest.raises(envs.MissingPackageError, match="OpenGL"):
             envs.make("dmc_walker_walk", 1, image=True, proprio=False)
         pytest.skip("no OpenGL here")
     with envs.make("dmc_walker_walk", 1, image=True, proprio=False) as env:
@@ -190,7 +190,7 @@ def test_seeds():
 
 
 def test_unknown_settings_are_named():
-    with pytest.raises(ValueError, match="expected options that envpool knows.*frame_skp"):
+    with pytest.raises(envs.EnvOptionError, match="expected options that envpool knows.*frame_skp"):
         envs.make("envpool:Pong-v5", 1, frame_skp=2)
 
 

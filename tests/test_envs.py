@@ -225,8 +225,16 @@ def test_unknown_tasks_get_suggestions():
 
 
 def test_unknown_options_get_suggestions():
-    with pytest.raises(ValueError, match="'lenths'; did you mean lengths"):
+    with pytest.raises(envs.EnvOptionError, match="'lenths'; did you mean lengths"):
         envs.make("dummy", 2, lenths=(2, 3))
+    with pytest.raises(envs.EnvOptionError, match="got {'hall': 3}: got an unexpected"):
+        envs.make("examples.custom_env:make", 2, hall=3)
+    with pytest.raises(envs.EnvOptionError, match="CartPole-v1 takes, got {'hall': 3}"):
+        envs.make("gymnasium:CartPole-v1", 2, hall=3)
+    with pytest.raises(envs.EnvOptionError, match=r"size to be \(H, W\), got \(1, 2, 3\)"):
+        envs.make("dummy_image", 2, size=(1, 2, 3))
+    with pytest.raises(envs.EnvOptionError, match="'hwc' or 'chw', got 'cwh'"):
+        envs.make("dummy_image", 2, image_layout="cwh")
 
 
 BAD_ACTIONS = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fastwm.envs.base import (
     EnvError,
+    EnvOptionError,
     EnvSpaceError,
     EnvStateError,
     MissingPackageError,
@@ -19,6 +20,7 @@ from fastwm.envs.wrappers import Journal
 
 __all__ = [
     "EnvError",
+    "EnvOptionError",
     "EnvSpaceError",
     "EnvStateError",
     "Journal",
@@ -48,7 +50,7 @@ def make(
             · for gymnasium environments also parallel (one process each) and max_crashes;
             whatever else there is goes to the constructor of the environment.
     Returns: a Journal around the adapter.
-    Raises: UnknownTaskError, EnvSpaceError, MissingPackageError.
+    Raises: UnknownTaskError, EnvOptionError, EnvSpaceError, MissingPackageError.
     """
     options = check_options(task, options)
     build = resolve(task)

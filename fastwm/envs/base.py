@@ -37,6 +37,10 @@ class EnvSpaceError(ValueError):
     """An observation or action space that cannot be expressed, or not without more information."""
 
 
+class EnvOptionError(ValueError):
+    """An option that a task does not have, or a value that it cannot take."""
+
+
 class EnvStateError(RuntimeError):
     """The state of an environment cannot be saved or was not reproduced exactly."""
 
@@ -46,7 +50,7 @@ class UnknownTaskError(ValueError):
 
 
 class MissingPackageError(ImportError):
-    """An optional package that this task needs is not installed."""
+    """An optional package that this task needs is not installed, or does not work here."""
 
 
 class VecEnv:
@@ -124,7 +128,7 @@ def make_rows(
 
 def check_num_envs(who: str, num_envs: int) -> int:
     if isinstance(num_envs, bool) or int(num_envs) != num_envs or num_envs < 1:
-        raise ValueError(f"{who}: expected num_envs to be a positive integer, got {num_envs!r}")
+        raise EnvOptionError(f"{who}: expected num_envs to be a positive integer, got {num_envs!r}")
     return int(num_envs)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastwm.envs.base import RESERVED, EnvSpaceError, check_action
+from fastwm.envs.base import RESERVED, EnvOptionError, EnvSpaceError, check_action
 from fastwm.spaces import Space
 
 MIN_SIDE = 16  # px; a smaller uint8 grid is data (a board, a MiniGrid view), not a picture
@@ -38,10 +38,10 @@ class ObsOptions:
         if isinstance(size, int):
             size = (size, size)
         if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ValueError(f"envs: expected size to be (H, W), got {self.size!r}")
+            raise EnvOptionError(f"envs: expected size to be (H, W), got {self.size!r}")
         object.__setattr__(self, "size", None if size is None else (int(size[0]), int(size[1])))
         if self.image_layout not in ("auto", "hwc", "chw"):
-            raise ValueError(
+            raise EnvOptionError(
                 f"envs: expected image_layout to be 'auto', 'hwc' or 'chw', got "
                 f"{self.image_layout!r}"
             )
@@ -210,7 +210,7 @@ def _to_onehot(classes: tuple[int, ...], start: np.ndarray) -> Callable:
 
 
 def _image_axes(who: str, shape: tuple[int, ...], layout: str) -> str | None:
-    """"hwc", "chw", "hw" or "shwc" (a stack of images), or None for what is no picture."""
+    """Order of the axes: hwc, chw, hw or shwc (a stack); None for what is no picture."""
     if len(shape) == 2:
         return "hw" if min(shape) >= MIN_SIDE else None
     if len(shape) == 4 and shape[3] in (1, 3) and min(shape[1:3]) >= MIN_SIDE:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastwm.envs.base import EnvError, Rows, VecEnv, check_action, check_num_envs, make_rows
+from fastwm.envs.base import (
+    EnvError,
+    EnvOptionError,
+    Rows,
+    VecEnv,
+    check_action,
+    check_num_envs,
+    make_rows,
+)
 from fastwm.spaces import Space
 
 
@@ -23,7 +31,7 @@ class DummyEnv(VecEnv):
         default = 3 + np.arange(self.num_envs)
         self._lengths = default if lengths is None else np.asarray(lengths, np.int64)
         if self._lengths.shape != (self.num_envs,) or self._lengths.min() < 1:
-            raise ValueError(
+            raise EnvOptionError(
                 f"dummy: expected lengths >= 1 of shape (N,) = ({self.num_envs},), got {lengths}"
             )
         self.obs_space = {"vector": Space("vector", (3,))}

@@ -25,7 +25,9 @@ import numpy as np
 
 from fastwm.envs.base import (
     EnvError,
+    EnvOptionError,
     EnvSpaceError,
+    MissingPackageError,
     Rows,
     VecEnv,
     check_num_envs,
@@ -60,12 +62,12 @@ class EnvpoolEnv(VecEnv):
         self.task, self.seed = task or f"envpool:{env_id}", int(seed)
         self.num_envs = check_num_envs(self.task, num_envs)
         if action_repeat < 1:
-            raise ValueError(f"{self.task}: expected action_repeat >= 1, got {action_repeat}")
+            raise EnvOptionError(f"{self.task}: expected action_repeat >= 1, got {action_repeat}")
         self._repeat = int(action_repeat)
         self.action_repeat = self._repeat * int(frames_per_action)
         if settings.get("noop_max", 1) < 1:
             # envpool divides by it: the process would end without a Python error.
-            raise ValueError(f"{self.task}: expected noop_max of at least 1, got 0")
+            raise EnvOptionError(f"{self.task}: expected noop_max of at least 1, got 0")
         self._make_pool(load_envpool(self.task), env_id, render_mode, settings)
         self._act = ActMap(self.task, self._pool.action_space, self.num_envs, bounds)
         self._obs = ObsMap(self.task, self._pool.observation_space, obs or ObsOptions(), copy=False)
@@ -89,7 +91,7 @@ class EnvpoolEnv(VecEnv):
                 )
                 spaces = (self._pool.observation_space, self._pool.action_space)
             except (TypeError, ValueError, AssertionError, KeyError) as error:
-                raise ValueError(
+                raise EnvOptionError(
                     f"{self.task}: expected options that envpool knows for {env_id}, got "
                     f"{settings}: {error}"
                 ) from error
@@ -214,7 +216,7 @@ def pixel_settings(who: str, env_id: str, size: tuple[int, int], camera: int) ->
     """envpool's options for pictures in place of the state, of MuJoCo families."""
     load_envpool(who)
     if not _can_render(env_id):
-        raise EnvError(
+        raise MissingPackageError(
             f"{who}: expected a working OpenGL for image observations, got none; install Mesa's "
             "EGL (apt install libegl1 libgl1 libgl1-mesa-dri), or start with "
             "LD_PRELOAD=libGL.so.1 if envpool was imported before fastwm"

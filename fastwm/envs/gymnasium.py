@@ -11,6 +11,7 @@ import numpy as np
 
 from fastwm.envs.base import (
     EnvError,
+    EnvOptionError,
     Rows,
     UnknownTaskError,
     VecEnv,
@@ -51,7 +52,7 @@ class GymEnv(VecEnv):
         self.task, self.seed = task or "gymnasium", int(seed)
         self.num_envs = check_num_envs(self.task, num_envs)
         if action_repeat < 1:
-            raise ValueError(f"{self.task}: expected action_repeat >= 1, got {action_repeat}")
+            raise EnvOptionError(f"{self.task}: expected action_repeat >= 1, got {action_repeat}")
         self.action_repeat, self.crashes = int(action_repeat), 0
         self._factory, self._max_crashes = factory, int(max_crashes)
         self._envs: list[Any] = [factory() for _ in range(self.num_envs)]
@@ -326,13 +327,25 @@ def gym_factory(who: str, env_id: str, settings: dict) -> Callable[[], Any]:
         raise UnknownTaskError(
             f"{who}: expected a registered gymnasium id, got {env_id!r}: {error}"
         ) from error
+    given = settings
     if "render_mode" not in settings:
         creator = gymnasium.envs.registration.load_env_creator(spec.entry_point)
         modes = (getattr(creator, "metadata", None) or {}).get("render_modes", ())
         if "rgb_array" in modes:
             settings = {**settings, "render_mode": "rgb_array"}
-    # The passive checker looks at every step; check_env does that once.
-    return lambda: gymnasium.make(spec, disable_env_checker=True, **settings)
+
+    def build() -> Any:
+        try:
+            # The passive checker looks at every step; check_env does that once.
+            return gymnasium.make(spec, disable_env_checker=True, **settings)
+        except TypeError as error:
+            if not given:
+                raise
+            raise EnvOptionError(
+                f"{who}: expected options that {env_id} takes, got {given}: {error}"
+            ) from error
+
+    return build
 
 
 def in_processes(who: str, factory: Callable[[], Any], num_envs: int) -> Any:

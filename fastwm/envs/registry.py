@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from fastwm.envs.base import EnvError, MissingPackageError, UnknownTaskError, VecEnv
+from fastwm.envs.base import (
+    EnvError,
+    EnvOptionError,
+    MissingPackageError,
+    UnknownTaskError,
+    VecEnv,
+)
 from fastwm.envs.convert import ObsOptions
 
 Build = Callable[..., VecEnv]  # build(num_envs, seed, **options)
@@ -79,7 +85,7 @@ def _check_known(task: str, function: Callable, options: dict) -> None:
             known = [*OBS_OPTIONS, *own]
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{task}: expected one of the options {known}, got {name!r}{hint}")
+            raise EnvOptionError(f"{task}: expected one of the options {known}, got {name!r}{hint}")
 
 
 # ---------------------------------------------------------------------------------------- builders
@@ -113,7 +119,7 @@ def _singles(
         repeat = {"action_repeat": action_repeat, "max_crashes": max_crashes}
         return GymEnv(factory, num_envs, seed, task=task, obs=obs, bounds=bounds, **repeat)
     if action_repeat != 1:
-        raise ValueError(
+        raise EnvOptionError(
             f"{task}: expected action_repeat of 1 with parallel, got {action_repeat}; repeat "
             "inside the environment, or leave parallel out"
         )
@@ -148,9 +154,11 @@ def _factory(
     function = _import_factory(task, path)
     takes = inspect.signature(function).parameters
     if "num_envs" not in takes:
+        _check_settings(task, function, settings)
         return _singles(task, num_envs, seed, lambda: function(**settings), obs, **ours)
     if "seed" in takes:
         settings = {**settings, "seed": seed}
+    _check_settings(task, function, {**settings, "num_envs": num_envs})
     made = function(num_envs=num_envs, **settings)
     if isinstance(made, VecEnv):
         made.task, made.seed = task, seed
@@ -161,6 +169,16 @@ def _factory(
         f"{task}: expected a factory with num_envs to return a fastwm VecEnv or a "
         f"gymnasium.vector.VectorEnv, got {type(made).__name__}"
     )
+
+
+def _check_settings(task: str, function: Callable, settings: dict) -> None:
+    try:
+        inspect.signature(function).bind(**settings)
+    except TypeError as error:
+        raise EnvOptionError(
+            f"{task}: expected options of {function.__name__}{inspect.signature(function)}, got "
+            f"{settings}: {error}"
+        ) from error
 
 
 def _import_factory(task: str, path: str) -> Callable:
@@ -203,7 +221,7 @@ def _dummy(
     from fastwm.envs.dummy import DummyEnv
 
     if action_repeat != 1:
-        raise ValueError(f"{task}: expected action_repeat of 1, got {action_repeat}")
+        raise EnvOptionError(f"{task}: expected action_repeat of 1, got {action_repeat}")
     return DummyEnv(num_envs, seed, lengths=lengths)
 
 
@@ -219,7 +237,7 @@ def _dummy_image(
     from fastwm.envs.dummy import DummyImageEnv
 
     if action_repeat != 1:
-        raise ValueError(f"{task}: expected action_repeat of 1, got {action_repeat}")
+        raise EnvOptionError(f"{task}: expected action_repeat of 1, got {action_repeat}")
     side = (obs.size or (64, 64))[0]
     return DummyImageEnv(num_envs, seed, size=side, length=length)
 
@@ -311,7 +329,7 @@ def _atari(
     length: in frames.   stack: frames in one observation.
     """
     if actions not in ("needed", "all"):
-        raise ValueError(f"{task}: expected actions to be 'needed' or 'all', got {actions!r}")
+        raise EnvOptionError(f"{task}: expected actions to be 'needed' or 'all', got {actions!r}")
     obs = replace(obs, size=obs.size or (64, 64))
     common = {
         "img_height": obs.size[0],
@@ -369,7 +387,7 @@ def _dmc(
     if camera is None:
         camera = 2 if name.startswith("quadruped") else 0  # camera 0 looks through its body
     if not image and not proprio:
-        raise ValueError(f"{task}: expected image or proprio observations, got neither")
+        raise EnvOptionError(f"{task}: expected image or proprio observations, got neither")
 
     def pool() -> VecEnv:
         from fastwm.envs.envpool import pixel_settings
