@@ -78,6 +78,14 @@ def _load_all() -> None:
     if os.environ.get("FASTWM_DISABLE_EXT", "0") not in ("", "0"):
         _state.update(cpu="disabled by FASTWM_DISABLE_EXT", cuda="disabled by FASTWM_DISABLE_EXT")
         return
+    level = os.environ.get("FASTWM_CPU_CAPABILITY", "default")
+    if level not in ("default", "avx2", "avx512"):
+        warnings.warn(
+            f"fastwm: FASTWM_CPU_CAPABILITY: expected default, avx2 or avx512, got {level!r}; "
+            "using the best that the CPU has",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     _load("_C", "cpu")
     if "cpu" not in _kernels:
         _state["cuda"] = "needs _C"
