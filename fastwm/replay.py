@@ -376,8 +376,8 @@ class Replay:
     def _check_out(self, out: Batch, batch_size: int) -> Batch:
         for name, shape, dtype in self._layout(batch_size):
             got = out.get(name)
-            fits = got is not None and tuple(got.shape) == shape and got.dtype == dtype
-            if not fits or not got.is_contiguous() or got.device.type != "cpu":
+            fits = got is not None and got.shape == shape and got.dtype == dtype
+            if not fits or not (got.is_contiguous() and got.is_cpu):
                 seen = "nothing" if got is None else f"{tuple(got.shape)} {got.dtype} {got.device}"
                 raise ValueError(
                     f"replay: expected out[{name!r}] contiguous on the CPU of shape {shape} as "
