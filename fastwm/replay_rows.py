@@ -114,4 +114,6 @@ def check_fits(keys: dict[str, Key], rows: int, storage: str, free: int | None) 
 def gigabytes(n: float) -> str:
     """Three digits, in units of 1e9 bytes."""
     value = n / 1e9
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.6f}"
+    if n == 0 or value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if value >= 0.001 else f"{value:.6f}"

@@ -77,6 +77,7 @@ def test_each_save_writes_only_what_is_new(backend, tmp_path):
         train(replay, range(start, start + 6))
         manifest = manifest_of(replay, tmp_path)
         written.append(manifest["segments"][-1])
+        assert not list(tmp_path.glob("*.tmp"))
         replay.prune(tmp_path, manifest)
         on_disk = {file.name for file in tmp_path.iterdir()}
         assert on_disk == {s["file"] for s in manifest["segments"]} | {manifest["latents"]["file"]}
