@@ -37,7 +37,9 @@ typedef float Vec __attribute__((vector_size(FWM_VECTOR_BYTES), aligned(4), may_
 constexpr int64_t kLanes = FWM_VECTOR_BYTES / 4;
 constexpr int64_t kPanel = 2 * kLanes;
 constexpr int kRows = FWM_ROWS;
-constexpr int64_t kChunk = 48;  // rows that share one pass over a panel
+constexpr int64_t kChunk = 64;   // rows that share one pass over a panel
+constexpr int64_t kSlice = 192;  // depth of a panel that one pass covers: 24 KB at most
+constexpr int64_t kAhead = 16 * kPanel;  // how far ahead weights are asked for
 constexpr float kEps = 1e-4f;
 
 FWM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -116,24 +118,37 @@ struct Target {
 #include "cpu/rssm_tile.h"
 #endif
 
-// y = init + [a, b] times one panel, for rows [begin, end).
-FWM_INLINE void product(const float* panel, const Part& a, const Part& b, const Target& to,
-                        int64_t begin, int64_t end) {
+FWM_INLINE void product_rows(const float* panel, const Part& part, const Target& to,
+                             int64_t begin, int64_t end) {
   int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) FWM_JOIN(tile, FWM_ROWS)(panel, a, b, to, row);
+  for (; row + kRows <= end; row += kRows) FWM_JOIN(tile, FWM_ROWS)(panel, part, to, row);
   switch (end - row) {
-    case 1: tile1(panel, a, b, to, row); break;
-    case 2: tile2(panel, a, b, to, row); break;
-    case 3: tile3(panel, a, b, to, row); break;
+    case 1: tile1(panel, part, to, row); break;
+    case 2: tile2(panel, part, to, row); break;
+    case 3: tile3(panel, part, to, row); break;
 #if FWM_ROWS > 4
-    case 4: tile4(panel, a, b, to, row); break;
-    case 5: tile5(panel, a, b, to, row); break;
+    case 4: tile4(panel, part, to, row); break;
+    case 5: tile5(panel, part, to, row); break;
 #endif
 #if FWM_ROWS > 6
-    case 6: tile6(panel, a, b, to, row); break;
-    case 7: tile7(panel, a, b, to, row); break;
+    case 6: tile6(panel, part, to, row); break;
+    case 7: tile7(panel, part, to, row); break;
 #endif
     default: break;
+  }
+}
+
+// y = init + [a, b] times one panel, for rows [begin, end). Depth goes in slices that stay in L1
+// while all rows pass.
+FWM_INLINE void product(const float* panel, const Part& a, const Part& b, Target to,
+                        int64_t begin, int64_t end) {
+  for (const Part& part : {a, b}) {
+    for (int64_t k = 0; k < part.depth; k += kSlice) {
+      const int64_t depth = part.depth - k < kSlice ? part.depth - k : kSlice;
+      product_rows(panel, Part{part.x + k, part.row, depth}, to, begin, end);
+      panel += depth * kPanel;
+      to.init = to.y, to.init_row = to.row;
+    }
   }
 }
 

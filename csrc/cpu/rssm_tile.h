@@ -1,9 +1,11 @@
 // FWM_R rows times one panel, all sums in registers. Included by rssm_body.h once per row count.
 
-FWM_INLINE const float* FWM_JOIN(accumulate, FWM_R)(Vec (&sum)[FWM_R][2], const Part& part,
+FWM_INLINE void FWM_JOIN(accumulate, FWM_R)(Vec (&sum)[FWM_R][2], const Part& part,
                                                     int64_t row, const float* panel) {
   const float* x = part.x + row * part.row;
   for (int64_t k = 0; k < part.depth; ++k, panel += kPanel) {
+    __builtin_prefetch(panel + kAhead);
+    __builtin_prefetch(panel + kAhead + kLanes);
     const Vec w0 = *(const Vec*)panel, w1 = *(const Vec*)(panel + kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < FWM_R; ++r) {
@@ -12,11 +14,10 @@ FWM_INLINE const float* FWM_JOIN(accumulate, FWM_R)(Vec (&sum)[FWM_R][2], const 
       sum[r][1] += s * w1;
     }
   }
-  return panel;
 }
 
-FWM_INLINE void FWM_JOIN(tile, FWM_R)(const float* panel, const Part& a, const Part& b, const Target& to,
-                     int64_t row) {
+FWM_INLINE void FWM_JOIN(tile, FWM_R)(const float* panel, const Part& part,
+                                         const Target& to, int64_t row) {
   Vec sum[FWM_R][2];
   float edge[kPanel];
 #pragma GCC unroll 8
@@ -31,8 +32,7 @@ FWM_INLINE void FWM_JOIN(tile, FWM_R)(const float* panel, const Part& a, const P
     sum[r][0] = *(const Vec*)init;
     sum[r][1] = *(const Vec*)(init + kLanes);
   }
-  panel = FWM_JOIN(accumulate, FWM_R)(sum, a, row, panel);
-  if (b.depth != 0) FWM_JOIN(accumulate, FWM_R)(sum, b, row, panel);
+  FWM_JOIN(accumulate, FWM_R)(sum, part, row, panel);
 #pragma GCC unroll 8
   for (int r = 0; r < FWM_R; ++r) {
     float* y = to.y + (row + r) * to.row;
