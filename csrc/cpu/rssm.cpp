@@ -23,7 +23,7 @@ int64_t rssm_scan_workspace(const RssmSizes& n) {
          (n.hidden_layers - 1) * rssm_packed_floats(n.blocks, d, d) +
          rssm_packed_floats(3 * n.blocks, d, d) + rssm_packed_floats(2, u, n.deter) +
          (n.post_layers - 1) * rssm_packed_floats(1, u, u) + rssm_packed_floats(1, z, u) +
-         z * u + n.batch * (2 * n.deter + 4 * u + z + n.groups) + 256;
+         z * u + n.batch * (2 * n.deter + 4 * u + z + n.groups + 128) + 256;
 }
 
 int64_t rssm_phases(const RssmSizes& n) {
@@ -44,7 +44,8 @@ struct Forward {
   const RssmScan& a;
   const RssmSizes& n;
   Worker& worker;
-  const int64_t d, u, z;  // D/G, U, S*K
+  const int64_t d, u, z;     // D/G, U, S*K
+  const int64_t dw, uw, xw;  // row strides of our own buffers: D, U, 2U, padded
   const Items items;
   Packed hidden[kRssmLayers], post[kRssmLayers], gru, from_deter, logit;
   float* stoch_rows;  // (S*K, U): one row of it per chosen class
@@ -53,7 +54,7 @@ struct Forward {
 
   FWM_INLINE Forward(const RssmScan& a_, Worker& worker_)
       : a(a_), n(a.size), worker(worker_), d(n.block()), u(n.units), z(n.stoch()),
-        items(n.batch) {
+        dw(padded(n.deter)), uw(padded(u)), xw(padded(2 * u)), items(n.batch) {
     Arena arena{a.workspace};
     hidden[0].place(arena, n.blocks, d, d + 2 * u);
     for (int64_t i = 1; i < n.hidden_layers; ++i) hidden[i].place(arena, n.blocks, d, d);
@@ -62,11 +63,11 @@ struct Forward {
     from_deter.place(arena, 2, u, n.deter);
     logit.place(arena, 1, z, u);
     stoch_rows = arena.take(z * u);
-    deter = arena.take(n.batch * n.deter);
+    deter = arena.take(n.batch * dw);
     raw = arena.take(n.batch * u);
-    x = arena.take(n.batch * 2 * u);
-    h = arena.take(n.batch * n.deter);
-    o = arena.take(n.batch * u);
+    x = arena.take(n.batch * xw);
+    h = arena.take(n.batch * dw);
+    o = arena.take(n.batch * uw);
     e = arena.take(n.batch * z);
     index = reinterpret_cast<int32_t*>(arena.take(n.batch * n.groups));
   }
@@ -109,7 +110,7 @@ struct Forward {
   // What step t needs of the state before it: reset, both input branches.
   FWM_INLINE void prepare(int64_t b, int64_t t) {
     const bool first = a.is_first[b * n.time + t];
-    float *pre = a.inner.at(b, t), *before = deter + b * n.deter;
+    float *pre = a.inner.at(b, t), *before = deter + b * dw;
     const float *bias = a.weights.deter_in.bias, *from = raw + b * u;
     if (first) {
       for (int64_t i = 0; i < n.deter; ++i) before[i] = 0.0f;
@@ -125,8 +126,8 @@ struct Forward {
         add_row(pre + u, s * n.classes + index[b * n.groups + s], 1.0f);
       }
     }
-    activate(pre, a.weights.deter_in.scale, u, x + b * 2 * u);
-    activate(pre + u, a.weights.stoch_in.scale, u, x + b * 2 * u + u);
+    activate(pre, a.weights.deter_in.scale, u, x + b * xw);
+    activate(pre + u, a.weights.stoch_in.scale, u, x + b * xw + u);
   }
 
   FWM_INLINE void add_row(float* y, int64_t row, float factor) const {
@@ -149,19 +150,19 @@ struct Forward {
   }
 
   FWM_INLINE void activate_rows(const RssmView& from, int64_t t, const float* scale,
-                                int64_t width, float* to) {
-    worker.run(n.batch, [&](int64_t b) { activate(from.at(b, t), scale, width, to + b * width); });
+                                int64_t width, float* to, int64_t to_row) {
+    worker.run(n.batch, [&](int64_t b) { activate(from.at(b, t), scale, width, to + b * to_row); });
   }
 
   void hidden_layers(int64_t t) {
     const RssmLayer* w = a.weights.hidden;
-    const Part inner{x, 2 * u, 2 * u};
-    layer(hidden[0], deter, n.deter, d, inner, a.action_part + t * n.deter, n.time * n.deter,
+    const Part inner{x, xw, 2 * u};
+    layer(hidden[0], deter, dw, d, inner, a.action_part + t * n.deter, n.time * n.deter,
           a.hidden[0], t);
-    activate_rows(a.hidden[0], t, w[0].scale, n.deter, h);
+    activate_rows(a.hidden[0], t, w[0].scale, n.deter, h, dw);
     for (int64_t i = 1; i < n.hidden_layers; ++i) {
-      layer(hidden[i], h, n.deter, d, kNone, w[i].bias, 0, a.hidden[i], t);
-      activate_rows(a.hidden[i], t, w[i].scale, n.deter, h);
+      layer(hidden[i], h, dw, d, kNone, w[i].bias, 0, a.hidden[i], t);
+      activate_rows(a.hidden[i], t, w[i].scale, n.deter, h, dw);
     }
   }
 
@@ -170,7 +171,7 @@ struct Forward {
     const int64_t panels = gru.panels, count = n.blocks * panels * items.chunks;
     worker.run(count, [&](int64_t i) {
       const int64_t j = items.panel(i), g = j / panels, c = j % panels;
-      const Part own{h + g * d, n.deter, d};
+      const Part own{h + g * d, dw, d};
       float* y = a.gates.at(0, t);
       for (int64_t gate = 0; gate < 3; ++gate) {
         const int64_t item = (3 * g + gate) * panels + c;
@@ -181,7 +182,7 @@ struct Forward {
       const int64_t first = c * kPanel, width = gru.width(c);
       for (int64_t b = items.begin(i); b < items.end(i); ++b) {
         const float* raw_gates = a.gates.at(b, t) + 3 * g * d + first;
-        float* state = deter + b * n.deter + g * d + first;
+        float* state = deter + b * dw + g * d + first;
         float* out = a.out_deter.at(b, t) + g * d + first;
 #pragma omp simd
         for (int64_t k = 0; k < width; ++k) {
@@ -197,7 +198,7 @@ struct Forward {
     const int64_t skip = both ? 0 : from_deter.panels;
     worker.run((from_deter.count() - skip) * items.chunks, [&](int64_t i) {
       const int64_t j = items.panel(i) + skip, c = from_deter.column(j);
-      const Part own{deter, n.deter, n.deter};
+      const Part own{deter, dw, n.deter};
       Target to{nullptr, 0, raw + c, u, from_deter.width(j)};
       if (from_deter.block(j) == 0) {
         to = {a.token_part + t * u + c, n.time * u, a.post[0].at(0, t) + c, a.post[0].row,
@@ -209,12 +210,12 @@ struct Forward {
 
   void posterior(int64_t t) {
     const RssmLayer* w = a.weights.post;
-    activate_rows(a.post[0], t, w[0].scale, u, o);
+    activate_rows(a.post[0], t, w[0].scale, u, o, uw);
     for (int64_t i = 1; i < n.post_layers; ++i) {
-      layer(post[i], o, u, 0, kNone, w[i].bias, 0, a.post[i], t);
-      activate_rows(a.post[i], t, w[i].scale, u, o);
+      layer(post[i], o, uw, 0, kNone, w[i].bias, 0, a.post[i], t);
+      activate_rows(a.post[i], t, w[i].scale, u, o, uw);
     }
-    layer(logit, o, u, 0, kNone, a.weights.post_logit.bias, 0, a.logits, t);
+    layer(logit, o, uw, 0, kNone, a.weights.post_logit.bias, 0, a.logits, t);
   }
 
   FWM_INLINE void sample(int64_t b, int64_t t) {
@@ -236,7 +237,7 @@ struct Forward {
     pack_weights();
     worker.run(n.batch, [&](int64_t b) {
       const float* start = a.deter + b * n.deter;
-      for (int64_t i = 0; i < n.deter; ++i) deter[b * n.deter + i] = start[i];
+      for (int64_t i = 0; i < n.deter; ++i) deter[b * dw + i] = start[i];
     });
     read_deter(0, false);
     worker.run(n.batch, [&](int64_t b) { prepare(b, 0); });

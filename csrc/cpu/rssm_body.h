@@ -44,6 +44,9 @@ constexpr float kEps = 1e-4f;
 
 FWM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A row stride that does not put all rows of a column into the same set of the L1 cache.
+FWM_INLINE int64_t padded(int64_t width) { return ceil_div(width, 16) * 16 + 16; }
+
 // Every worker takes the same pieces of the same workspace.
 struct Arena {
   float* next;
