@@ -47,6 +47,7 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
         "Tensor slope_prior) -> (Tensor, Tensor)");
 
   // rssm: the loop of the posterior sequence; see csrc/ops_cpu_rssm.cpp for what the lists hold
+  m.def("gru_gates(Tensor gates, Tensor bias, Tensor deter, int blocks) -> Tensor");
   m.def("rssm_scan(Tensor[] weights, int hidden, Tensor deter, Tensor stoch, Tensor action_part, "
         "Tensor token_part, Tensor is_first, Tensor? noise, float unimix, bool save) -> Tensor[]");
   m.def("rssm_scan_backward(Tensor[] weights, int hidden, Tensor[] saved, Tensor deter, "

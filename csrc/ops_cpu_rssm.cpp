@@ -210,10 +210,27 @@ Tensors rssm_scan_backward_cpu(Tensors weights, int64_t hidden, Tensors saved, T
   return out;
 }
 
+Tensor gru_gates_cpu(Tensor gates, Tensor bias, Tensor deter, int64_t blocks) {
+  constexpr const char* op = "gru_gates";
+  check_shape(op, "deter", deter, "(N, D)", {-1, -1});
+  const int64_t rows = deter.size(0), width = deter.size(1);
+  STD_TORCH_CHECK(blocks >= 1 && width % blocks == 0, op,
+                  ": expected D to be a multiple of the blocks, got D = ", width, ", ", blocks,
+                  " blocks");
+  const Tensor g = float_arg(op, "gates", gates, deter, "(N, 3D)", {rows, 3 * width});
+  const Tensor b = float_arg(op, "bias", bias, deter, "(3D)", {3 * width});
+  const Tensor h = float_arg(op, "deter", deter, deter, "(N, D)", {rows, width});
+  Tensor out = allocate(deter, {rows, width});
+  const GruGates args{ptr(g), ptr(b), ptr(h), mutable_ptr(out), width, blocks};
+  parallel(rows, 8 * width, [&](int64_t begin, int64_t end) { gru_gates(args, begin, end); });
+  return out;
+}
+
 }  // namespace
 }  // namespace fastwm
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
+  m.impl("gru_gates", TORCH_BOX(&fastwm::gru_gates_cpu));
   m.impl("rssm_scan", TORCH_BOX(&fastwm::rssm_scan_cpu));
   m.impl("rssm_scan_backward", TORCH_BOX(&fastwm::rssm_scan_backward_cpu));
 }

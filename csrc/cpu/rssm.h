@@ -76,4 +76,12 @@ int64_t rssm_phases(const RssmSizes& size);  // for Team, both directions
 void rssm_scan(const RssmScan& a, Worker worker);
 void rssm_scan_backward(const RssmScanGrad& a, Worker worker);
 
+// One step's gates: gates (N, 3D) without bias, deter and out (N, D), bias (3D).
+struct GruGates {
+  const float *gates, *bias, *deter;
+  float* out;
+  int64_t width, blocks;
+};
+void gru_gates(const GruGates& a, int64_t begin, int64_t end);
+
 }  // namespace fastwm

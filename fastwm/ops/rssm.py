@@ -15,6 +15,7 @@ One step, with ``a = action / max(1, |action|)`` (denominator detached)::
 Source: Hafner et al., "Mastering Diverse Domains through World Models" (the 2024 revision).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,11 @@ from torch import Tensor
 
 from fastwm.ops import _backend
 from fastwm.ops import _rssm_fused as fused
+from fastwm.ops import _rssm_rollout as rollout
 from fastwm.ops import _rssm_sequence as sequence
 from fastwm.ops._check import check_dim, check_dtype, check_same_device, check_shape
 from fastwm.ops.latent import latent_sample_ref, straight_through_ref
+from fastwm.ops.norm import rms_silu
 
 EPS = sequence.EPS  # inside the root of every RMS norm
 
@@ -162,15 +165,33 @@ def rssm_imagine_ref(
 
 def gru_step(
     weights: RSSMWeights,
-    deter: Tensor,  # (B, D)
-    stoch: Tensor,  # (B, S*K)
-    action: Tensor,  # (B, A)
+    deter: Tensor,  # (B, D) float
+    stoch: Tensor,  # (B, S*K) float
+    action: Tensor,  # (B, A) float
 ) -> Tensor:  # (B, D)
-    """One block-diagonal GRU step, differentiable in the state, the action and the weights.
+    """One block-diagonal GRU step; resets are the caller's.
 
-    Formula: at the top of this module. Resets are the caller's.
+    Formula: at the top of this module. Differentiable with respect to the state, the action and
+    the weights.
+
+    Raises:
+        ValueError: shapes; TypeError: dtypes or devices.
+    Equivalent to:
+        hidden = silu(rms(BlockLinear([deter_g, x0, x1, x2]))); reset, cand, update = gru(hidden)
+        u = sigmoid(update - 1); u * tanh(sigmoid(reset) * cand) + (1 - u) * deter
     """
-    return gru_step_ref(weights, deter, stoch, action)
+    op = "gru_step"
+    check_dim(op, "stoch", stoch, "(B, S*K)", 2)
+    size, actions = weights.deter_in[0].shape[-1], weights.action_in[0].shape[-1]
+    _check_weights(op, weights, size, stoch.shape[1])
+    check_shape(op, "deter", deter, "(B, D)", (len(stoch), size))
+    check_shape(op, "action", action, "(B, A)", (len(stoch), actions))
+    deter, stoch, action = _as_weights(op, weights, deter=deter, stoch=stoch, action=action)
+    with torch.autocast(deter.device.type, enabled=False):
+        if not _backend.fused_wanted() or _backend.wants_grad(deter, stoch, action,
+                                                              *sequence.flatten(weights)):
+            return gru_step_ref(weights, deter, stoch, action)
+        return rollout.Stepper(weights, "prior", rollout=False).core(deter, stoch, action)
 
 
 def rssm_observe(
@@ -213,6 +234,9 @@ def rssm_observe(
     with torch.autocast(deter.device.type, enabled=False):
         if not _backend.fused_wanted() or not is_first.numel():
             return rssm_observe_ref(weights, *args)
+        wanted = _backend.wants_grad(*args[:4], *sequence.flatten(weights))
+        if is_first.shape[1] == 1 and not wanted:
+            return rollout.observe_one(weights, *args)
         compiled = _backend.available(deter) and deter.dtype == torch.float32
         loops = fused.LOOPS if compiled else sequence.LOOPS
         return sequence.observe(weights, *args, loops=loops)
@@ -266,38 +290,87 @@ def _check_observe(weights, deter, stoch, tokens, prev_action, is_first, noise, 
     check_dtype(op, "is_first", is_first, torch.bool)
     if not 0.0 <= unimix <= 1.0:
         raise ValueError(f"{op}: expected unimix in [0, 1], got {unimix}")
-    states = dict(deter=deter, stoch=stoch, tokens=tokens, prev_action=prev_action)
     if noise is not None:
         check_shape(op, "noise", noise, "(B, T, S)", (batch, time, groups))
-        states["noise"] = noise
-    for name, tensor in states.items():
-        check_dtype(op, name, tensor)
-    check_same_device(op, weights=weights.deter_in[0], is_first=is_first, **states)
-    dtype = weights.deter_in[0].dtype
-    return [x if x is None or x.dtype == dtype else x.to(dtype)
-            for x in (deter, stoch, tokens, prev_action, noise)]  # fmt: skip
+    check_same_device(op, weights=weights.deter_in[0], is_first=is_first)
+    return _as_weights(op, weights, deter=deter, stoch=stoch, tokens=tokens,
+                       prev_action=prev_action, noise=noise)  # fmt: skip
 
 
-def rssm_prior(weights: RSSMWeights, deter: Tensor, groups: int) -> Tensor:
-    """Logits of the prior. deter (…, D) -> (…, S, K) with S = ``groups``, raw (no unimix)."""
-    return rssm_prior_ref(weights, deter, groups)
+def _as_weights(op: str, weights: RSSMWeights, **tensors: Tensor | None) -> list[Tensor | None]:
+    """Checks dtypes and devices; returns the tensors in the dtype of the weights."""
+    like = weights.deter_in[0]
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            check_dtype(op, name, tensor)
+            check_same_device(op, weights=like, **{name: tensor})
+    return [None if x is None else x.to(like.dtype) for x in tensors.values()]
 
 
+def rssm_prior(
+    weights: RSSMWeights,
+    deter: Tensor,  # (…, D) float
+    groups: int,
+) -> Tensor:  # (…, S, K)
+    """Logits of the prior for S = ``groups``, raw (no unimix).
+
+    Differentiable with respect to deter, ``weights.prior`` and ``weights.prior_logit``.
+
+    Raises:
+        ValueError: shapes; TypeError: dtypes or devices.
+    Equivalent to:
+        for w, b, scale in weights.prior: x = silu(rms_norm(linear(x, w, b)) * scale)
+        linear(x, *weights.prior_logit).unflatten(-1, (groups, -1))
+    """
+    op, size = "rssm_prior", weights.deter_in[0].shape[-1]
+    if groups < 1 or weights.prior_logit[0].shape[0] % groups:
+        raise ValueError(f"{op}: expected groups to divide S*K = {weights.prior_logit[0].shape[0]} "
+                         f"of weights.prior_logit, got {groups}")  # fmt: skip
+    _check_weights(op, weights, size, weights.prior_logit[0].shape[0])
+    check_shape(op, "deter", deter, "(..., D)", (*deter.shape[:-1], size))
+    (deter,) = _as_weights(op, weights, deter=deter)
+    if not _backend.fused_wanted():
+        return rssm_prior_ref(weights, deter, groups)
+    for weight, bias, scale in weights.prior:
+        deter = rms_silu(F.linear(deter, weight, bias), scale)
+    return F.linear(deter, *weights.prior_logit).unflatten(-1, (groups, -1))
+
+
+@torch.no_grad()
 def rssm_imagine(
     weights: RSSMWeights,
-    deter: Tensor,  # (N, D)
-    stoch: Tensor,  # (N, S, K)
-    policy,
+    deter: Tensor,  # (N, D) float
+    stoch: Tensor,  # (N, S, K) float
+    policy: Callable[[Tensor, Tensor], Tensor],
     length: int,
-    noise: Tensor | None = None,  # (length, N, S) uniform in [0, 1), or None for the mode
+    noise: Tensor | None = None,  # (length, N, S) float in [0, 1), or None for the mode
     unimix: float = 0.01,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # (N, length+1, D), (N, length+1, S, K), (N, length+1, A)
     """Roll the prior forward under a policy, without gradient.
 
-    ``policy(deter (N, D), stoch (N, S, K)) -> action (N, A)`` is called at every state, the last
-    one included. State 0 is the start.
-
+    Args:
+        policy: ``policy(deter (N, D), stoch (N, S, K)) -> action (N, A)``, called at every state,
+            the last one included.
+        length: number of steps I.
+        noise: uniform numbers, the inverse CDF gives the class; None takes the mode.
     Returns:
-        deter (N, length+1, D), stoch (N, length+1, S, K), action (N, length+1, A).
+        deter, stoch (one-hot) and action at the I+1 states; state 0 is the start.
+    Raises:
+        ValueError: shapes, unimix or length; TypeError: dtypes or devices.
+    Equivalent to:
+        for i in range(length): deter = gru_step(weights, deter, stoch.flatten(1), action)
+        stoch = one_hot(latent_sample(rssm_prior(weights, deter), noise[i])); action = policy(...)
+    Numerics: states are float32. Under autocast the products run in its dtype.
     """
-    return rssm_imagine_ref(weights, deter, stoch, policy, length, noise, unimix)
+    op = "rssm_imagine"
+    check_dim(op, "stoch", stoch, "(N, S, K)", 3)
+    count, groups, classes = stoch.shape
+    _check_weights(op, weights, weights.deter_in[0].shape[-1], groups * classes)
+    check_shape(op, "deter", deter, "(N, D)", (count, weights.deter_in[0].shape[-1]))
+    if noise is not None:
+        check_shape(op, "noise", noise, "(length, N, S)", (length, count, groups))
+    if not 0.0 <= unimix <= 1.0 or length < 0:
+        raise ValueError(f"{op}: expected unimix in [0, 1] and length >= 0, got {unimix}, {length}")
+    deter, stoch, noise = _as_weights(op, weights, deter=deter, stoch=stoch, noise=noise)
+    roll = rollout.imagine if _backend.fused_wanted() else rssm_imagine_ref
+    return roll(weights, deter, stoch, policy, length, noise, unimix)

@@ -144,7 +144,7 @@ def test_observe_matches_reference(case, mode, variant, near):
         near(grads[name], want, rtol=1e-4, who=name)
     with torch.no_grad():  # the path that saves nothing
         for got, want in zip(R.rssm_observe(weights, **inputs), actual, strict=True):
-            assert torch.equal(got, want)
+            near(got, want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -159,6 +159,89 @@ def test_hoisted_equals_loop_in_float64(case, near):
         near(got, want, rtol=1e-12)
     for name, want in expected_grads.items():
         near(grads[name], want, rtol=1e-12, who=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", ["sample", "mode"])
+def test_imagine_matches_reference(case, mode, variant, near):
+    """Values along the rollout; the policy is called at every state, the last one included."""
+    weights, sizes = make_weights(**CASES[case]), {"T": 3} | CASES[case]
+    inputs, calls = make_inputs(**sizes), []
+    project = torch.randn(inputs["deter"].shape[1], weights.action_in[0].shape[1]).double()
+    noise = torch.rand(3, len(inputs["deter"]), inputs["stoch"].shape[1]).double()
+    noise = noise if mode == "sample" else None
+
+    def policy(deter, stoch):
+        calls.append(stoch)
+        return deter @ project.to(deter.dtype) + stoch.sum((1, 2))[:, None]
+
+    wide, args = double(weights, inputs)
+    start = (args["deter"].detach(), args["stoch"].detach())
+    expected = R.rssm_imagine_ref(wide, *start, policy, 3, noise)
+    narrow = [x.float() for x in start]
+    actual = R.rssm_imagine(
+        weights, *narrow, policy, 3, None if noise is None else noise.float())
+    assert len(calls) == 8
+    assert [x.shape for x in actual] == [x.shape for x in expected]
+    assert not any(x.requires_grad for x in actual)
+    same = (actual[1] == expected[1]).flatten(1).all(1)  # a draw at the edge of a bin may flip
+    assert same.float().mean() > 0.9 if len(same) > 10 else same.all()
+    for got, want in zip(actual, expected, strict=True):
+        near(got[same], want[same], rtol=1e-4)
+    for got, want in zip(actual[:2], narrow, strict=True):
+        assert torch.equal(got[:, 0], want)
+
+
+def test_imagine_under_autocast(variant, near):
+    """Products in bfloat16, states in float32."""
+    weights, inputs = make_weights(), make_inputs()
+    project = torch.randn(12, 2)
+
+    def roll():
+        return R.rssm_imagine(
+            weights, inputs["deter"], inputs["stoch"], lambda d, s: (d @ project).float(), 1)
+
+    plain = roll()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = roll()
+    assert low[0].dtype == torch.float32
+    near(low[0], plain[0], rtol=3e-2)
+
+
+def test_imagine_bad_input(variant):
+    weights, inputs = make_weights(), make_inputs()
+    args = (weights, inputs["deter"], inputs["stoch"], lambda d, s: d[:, :2])
+    with pytest.raises(ValueError, match=r"noise of shape \(length, N, S\) = \(2, 3, 3\)"):
+        R.rssm_imagine(*args, 2, torch.rand(3, 3, 3))
+    with pytest.raises(ValueError, match="length >= 0"):
+        R.rssm_imagine(*args, -1)
+    with pytest.raises(ValueError, match=r"deter of shape \(N, D\) = \(3, 12\)"):
+        R.rssm_imagine(weights, inputs["deter"][:, 1:], *args[2:], 1)
+    with pytest.raises(ValueError, match="groups to divide"):
+        R.rssm_prior(weights, inputs["deter"], 4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_step_and_prior_match_reference(case, variant, near):
+    """The ops that stand alone, with and without gradient."""
+    weights, inputs = make_weights(**CASES[case]), make_inputs(**CASES[case])
+    wide, args = double(weights, inputs)
+    groups = inputs["stoch"].shape[1]
+    state = [inputs["deter"], inputs["stoch"].flatten(1), inputs["prev_action"][:, 0]]
+    other = [args["deter"], args["stoch"].flatten(1), args["prev_action"][:, 0]]
+    expected = R.gru_step_ref(wide, *other)
+    near(R.gru_step(weights, *state), expected)
+    with torch.no_grad():
+        near(R.gru_step(weights, *state), expected)
+    prior = R.rssm_prior(weights, inputs["deter"], groups)
+    wanted = R.rssm_prior_ref(wide, args["deter"], groups)
+    near(prior, wanted)
+    leaves = [(n, x, names(wide)[n]) for n, x in names(weights).items() if n.startswith("prior")]
+    cotangent = torch.randn(prior.shape)
+    grads = torch.autograd.grad((prior * cotangent).sum(), [x for _, x, _ in leaves])
+    wants = torch.autograd.grad((wanted * cotangent).sum(), [x for _, _, x in leaves])
+    for (name, _, _), got, want in zip(leaves, grads, wants, strict=True):
+        near(got, want, rtol=1e-4, who=name)
 
 
 @pytest.mark.parametrize("batch, time", [(0, 5), (3, 0)])

@@ -1,0 +1,147 @@
+"""Single steps of the RSSM without gradient: the rollout of imagination, and acting.
+
+For a rollout the weights are regrouped once: the three branches that all blocks share become one
+product instead of a concatenation per block, and products go to the library in the dtype that
+autocast asks for (bfloat16 pays where the CPU has AMX). A single step reads every weight once
+anyway, so it takes them as they are. Everything but the products is float32.
+"""
+
+import torch
+from torch import Tensor
+
+from fastwm.ops._backend import available, raw, register_fake
+from fastwm.ops._rssm_sequence import gru_gates
+from fastwm.ops.latent import latent_sample, straight_through
+from fastwm.ops.norm import rms_silu
+
+
+class Stepper:
+    """Steps with fixed weights. Use under `torch.no_grad()`; make a new one when they change."""
+
+    def __init__(self, weights, head: str, rollout: bool):
+        """head: "prior" or "post", the layers that `logits` runs. rollout: many steps follow."""
+        units, deter = weights.deter_in[0].shape
+        self.blocks = weights.gru[0].shape[0]
+        self.low = _product_dtype(weights.deter_in[0]) if rollout else None
+        block = deter // self.blocks
+        first, self.hidden_bias, scale = weights.hidden[0]
+        self.shared = None
+        self.own = [self._as(w) for w in (first[:, :block] if rollout else first)]
+        if rollout:
+            shared = first[:, block:].transpose(0, 1).reshape(3 * units, deter)
+            self.shared = self._as(shared)
+        self.scales = [scale] + [layer[2] for layer in weights.hidden[1:]]
+        self.hidden = [(list(map(self._as, w)), b) for w, b, _ in weights.hidden[1:]]
+        self.gru, self.gru_bias = [self._as(w) for w in weights.gru[0]], weights.gru[1]
+        self.inputs = [weights.deter_in, weights.stoch_in, weights.action_in]
+        self.input_weights = [self._as(layer[0]).t() for layer in self.inputs]
+        layers, (weight, self.logit_bias) = (
+            (weights.prior, weights.prior_logit) if head == "prior"
+            else (weights.post, weights.post_logit))  # fmt: skip
+        self.head = [(self._as(w).t(), b, s) for w, b, s in layers]
+        self.logit = self._as(weight).t()
+
+    def _as(self, weight: Tensor) -> Tensor:
+        return weight if self.low is None else weight.to(self.low)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if self.low is None:
+            return torch.addmm(bias, x, weight)
+        return (x.to(self.low) @ weight).float() + bias
+
+    def _blocks(self, x: Tensor, weights: list[Tensor], add: Tensor | None) -> Tensor:
+        """Block by block into one (N, G*out) result, on top of `add` where given."""
+        width = weights[0].shape[1]
+        if self.low is not None:
+            parts = x.to(self.low).unflatten(-1, (self.blocks, -1)).unbind(1)
+            out = torch.cat([p @ w for p, w in zip(parts, weights, strict=True)], 1).float()
+            return out if add is None else add + out
+        out = x.new_empty(len(x), width * self.blocks) if add is None else add
+        for part, weight, to in zip(
+            x.chunk(self.blocks, 1), weights, out.split(width, 1), strict=True
+        ):
+            if add is None:
+                torch.mm(part, weight, out=to)
+            else:
+                to.addmm_(part, weight)
+        return out
+
+    def _first(self, deter: Tensor, branches: Tensor) -> Tensor:
+        """The first hidden layer before its norm."""
+        if self.shared is not None:
+            return self._blocks(deter, self.own, self._product(branches, self.shared,
+                                                               self.hidden_bias))  # fmt: skip
+        parts = [torch.cat([x, branches], 1) for x in deter.chunk(self.blocks, 1)]
+        return self._blocks(torch.cat(parts, 1), self.own, None) + self.hidden_bias
+
+    def core(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
+        """(N, D), (N, S*K), (N, A) -> (N, D)."""
+        action = action / action.abs().clamp_(min=1)
+        branches = [
+            rms_silu(self._product(x, weight, bias), scale)
+            for x, weight, (_, bias, scale) in zip(
+                (deter, stoch, action), self.input_weights, self.inputs, strict=True
+            )
+        ]
+        hidden = rms_silu(self._first(deter, torch.cat(branches, 1)), self.scales[0])
+        for (weights, bias), scale in zip(self.hidden, self.scales[1:], strict=True):
+            hidden = rms_silu(self._blocks(hidden, weights, None) + bias, scale)
+        gates = self._blocks(hidden, self.gru, None)
+        if available(gates) and gates.dtype == torch.float32:
+            return raw.gru_gates(gates, self.gru_bias, deter, self.blocks)
+        return gru_gates(gates + self.gru_bias, deter, self.blocks)
+
+    def logits(self, x: Tensor, groups: int) -> Tensor:
+        """(N, D) of the prior, (N, D+E) of the posterior -> (N, S, K)."""
+        for weight, bias, scale in self.head:
+            x = rms_silu(self._product(x, weight, bias), scale)
+        return self._product(x, self.logit, self.logit_bias).unflatten(-1, (groups, -1))
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype | None:
+    kind = weight.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def sample(logits: Tensor, noise: Tensor | None, unimix: float) -> Tensor:
+    """One-hot (N, S, K) without gradient."""
+    index, _ = latent_sample(logits, noise, unimix)
+    return straight_through(index, logits, unimix)
+
+
+def observe_one(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix):
+    """`rssm_observe` of T = 1 without gradient: the acting path."""
+    stepper = Stepper(weights, "post", rollout=False)
+    groups = stoch.shape[1]
+    deter = deter.masked_fill(is_first, 0.0)
+    stoch = stoch.flatten(1).masked_fill(is_first, 0.0)
+    deter = stepper.core(deter, stoch, prev_action[:, 0].masked_fill(is_first, 0.0))
+    logits = stepper.logits(torch.cat([deter, tokens[:, 0]], 1), groups)
+    stoch = sample(logits, None if noise is None else noise[:, 0], unimix)
+    return deter.unsqueeze(1), logits.unsqueeze(1), stoch.unsqueeze(1)
+
+
+def imagine(weights, deter, stoch, policy, length, noise, unimix):
+    """`rssm_imagine` on checked inputs."""
+    stepper = Stepper(weights, "prior", rollout=True)
+    count, groups, classes = stoch.shape
+    action = policy(deter, stoch)
+    deters = deter.new_empty(count, length + 1, deter.shape[1])
+    stochs = deter.new_empty(count, length + 1, groups, classes)
+    actions = action.new_empty(count, length + 1, action.shape[1])
+    deters[:, 0], stochs[:, 0], actions[:, 0] = deter, stoch, action
+    for t in range(length):
+        with torch.autocast(deter.device.type, enabled=False):
+            deter = stepper.core(deter, stoch.flatten(1), action.to(deter.dtype))
+            logits = stepper.logits(deter, groups)
+            stoch = sample(logits, None if noise is None else noise[t], unimix)
+        action = policy(deter, stoch)
+        deters[:, t + 1], stochs[:, t + 1], actions[:, t + 1] = deter, stoch, action
+    return deters, stochs, actions
+
+
+@register_fake("gru_gates")
+def _(gates, bias, deter, blocks):
+    return torch.empty_like(deter, memory_format=torch.contiguous_format)
