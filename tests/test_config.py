@@ -95,7 +95,7 @@ def test_values_may_be_negative():
         (["-x"], ["'-x'"]),
         (["atari10k"], ["unknown preset 'atari10k'", "atari100k"]),
         (["nowhere/x.toml"], ["expected an existing TOML file", "nowhere/x.toml"]),
-        (["minecraft"], ["task: expected a task", "--task"]),
+        (["--task", ""], ["task: expected a task", "--task"]),
         (["random"], ["expected one of", "dreamerv3 and random"]),
     ],
 )
