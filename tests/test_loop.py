@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from fastwm.envs.dummy import DummyEnv
 from fastwm.loops import online
 from fastwm.loops.evaluate import evaluate, seed_of
 from fastwm.loops.finite import FiniteWatch, NonFiniteError
+from fastwm.loops.transfer import Transfer
 from fastwm.spaces import Space
 
 QUIET = (
@@ -45,6 +48,16 @@ def test_every_environment_plays_its_quota(episodes, envs, quota):
     expected = [3 + i for i, count in enumerate(quota) for _ in range(count)]
     assert found["lengths"] == expected
     assert found["scores"] == [n * (n + 1) / 2 for n in expected]  # rewards 1 .. n
+
+
+def test_short_episodes_do_not_crowd_out_long_ones():
+    agent = RandomAgent({"vector": Space("vector", (3,))}, Space("discrete", (), (2,)))
+
+    def two_envs(num_envs: int, seed: int) -> DummyEnv:
+        return DummyEnv(num_envs, seed, lengths=(1, 20))
+
+    found = evaluate(agent, two_envs, episodes=5, envs=2, mode="greedy", seed=0)
+    assert found["lengths"] == [1, 1, 1, 20, 20]
 
 
 def test_evaluation_leaves_the_agent_alone_and_repeats(tmp_path):
@@ -225,6 +238,63 @@ def test_fewer_are_skipped_and_counted(tmp_path):
     assert not (tmp_path / "nan_dump.pt").exists()
     for name, parameter in run.agent.model.named_parameters():
         assert parameter.isfinite().all(), name
+
+
+def test_the_count_of_bad_updates_survives_a_resume(tmp_path):
+    run = make(tmp_path, "--steps", "88")
+    poisoned(run, {4, 5}, float("nan"))
+    online.train(run)
+    assert run.updates == 7 and run.finite.skipped == 2
+    stored = checkpoint.load(tmp_path / "checkpoint" / "latest.pt")
+    again = assemble.online_run(replace(run.config, steps=96), tmp_path, stored)
+    online.train(again, stored)
+    assert again.updates == 9 and again.finite.skipped == 2
+
+
+def test_latents_of_a_bad_update_are_not_stored():
+    class Replay:
+        stored: ClassVar[list] = []
+
+        def update_latents(self, ids, deter, stoch):
+            self.stored.append(int(ids))
+
+    transfer = Transfer(Replay(), torch.device("cpu"), 1)
+    for i, finite in enumerate([True, False, True]):
+        latents = {"deter": torch.zeros(1), "stoch": torch.zeros(1)}
+        transfer.write_back(torch.tensor(i), latents, torch.tensor(finite))
+    transfer.flush()
+    assert Replay.stored == [0, 2]
+
+
+@pytest.mark.cuda
+def test_transfers_through_a_gpu_lose_nothing(tmp_path):
+    """The same draws and the same stored latents as on a CPU, one update later."""
+    runs = [make(tmp_path / name, "--train_ratio", "0", "--steps", "96") for name in "ab"]
+    for run in runs:
+        online.train(run)
+    plain, fast = (
+        Transfer(run.replay, torch.device(d), 4)
+        for run, d in zip(runs, ("cpu", "cuda"), strict=True)
+    )
+    yes = torch.tensor(True)
+    for _ in range(5):
+        one, two = plain.sample(), fast.sample()
+        ids = two["ids"]
+        moved = fast.to_device(two)
+        for key in one:
+            assert torch.equal(one[key], moved[key].cpu()), key
+        shape = one["reward"].shape
+        latents = {
+            "deter": torch.randn(*shape, one["deter"].shape[-1]).bfloat16(),
+            "stoch": torch.randint(4, (*shape, one["stoch"].shape[-1])).to(torch.uint8),
+        }
+        plain.write_back(one["ids"], latents, yes)
+        fast.wait()
+        fast.write_back(ids, {key: value.cuda() for key, value in latents.items()}, yes.cuda())
+        fast.flush()  # draws see what was written, so both must have written it
+    for key in ("deter", "stoch"):
+        rings = [run.replay.keys[key].ring for run in runs]
+        assert rings[0].tobytes() == rings[1].tobytes()
 
 
 def test_the_exit_code_reaches_the_shell(tmp_path, monkeypatch):
