@@ -13,17 +13,22 @@ FILES = [p for f in FOLDERS for p in sorted((ROOT / f).rglob("*")) if p.suffix i
 COMMANDS = "train eval play dream check_env doctor selftest bench export".split()
 
 
+def indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
 def cpp_functions(text: str):
-    """(first line, length) of each top-level body: from a line ending in `{` to `}` alone."""
+    """(first line, length) of each function: from its signature to the `}` indented like it."""
+    lines = text.splitlines()
     start = None
-    for number, line in enumerate(text.splitlines(), 1):
-        if start is None and re.match(r"[A-Za-z_].*\) ?(const )?(noexcept )?\{$", line):
-            start = number
-        elif line.startswith("}") and start is not None:
-            yield start, number - start + 1
+    for number, line in enumerate(lines):
+        if start is None and re.search(r"\) ?(const |noexcept |mutable )*\{$", line):
+            start = number  # a signature over several lines is indented deeper on its last one
+            while start and lines[start].strip() and indent(lines[start]) > 2:
+                start -= 1
+        elif start is not None and line.startswith(" " * indent(lines[start]) + "}"):
+            yield start + 1, number - start + 1
             start = None
-        elif start is None and re.match(r" {4,}.*\) ?(const )?\{$", line):
-            start = number
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -43,5 +48,7 @@ def test_sizes(path):
 
 
 def test_the_cpp_rule_sees_functions():
-    body = "  x += 1;\n" * 61
-    assert [n for _, n in cpp_functions(f"void f(int x) {{\n{body}}}\n")] == [63]
+    body = "    x += 1;\n" * 61
+    assert list(cpp_functions(f"void f(int x) {{\n{body}}}\n")) == [(1, 63)]
+    method = f"struct S {{\n  S(int x)\n      : x(x) {{\n{body}  }}\n  int x;\n}};\n"
+    assert list(cpp_functions(method)) == [(2, 64)]
