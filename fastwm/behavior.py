@@ -9,6 +9,7 @@ import copy
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastwm import ops
@@ -162,10 +163,24 @@ def imag_loss(
         weight = torch.cumprod(cont * discount, 1) / discount
         advantage = (returns - value[:, :-1]) / scale_of(returns)
     score = policy.log_prob(action)[:, :-1] * advantage + actent * policy.entropy()[:, :-1]
-    value_loss = ops.twohot_loss(
-        value_logits[:, :-1], (returns, slow_value[:, :-1]), bins, (1.0, slow_reg)
-    )
+    value_loss = critic_loss(value_logits, returns, slow_value, bins, slow_reg)
     return ImagOut(-weight[:, :-1] * score, weight[:, :-1] * value_loss, returns, advantage, weight)
+
+
+def critic_loss(
+    logits: Tensor,  # (N, L, V)
+    returns: Tensor,  # (N, L-1)
+    slow_value: Tensor,  # (N, L)
+    bins: Tensor,  # (V,)
+    slow_reg: float,
+) -> Tensor:  # (N, L-1)
+    """Two-hot loss towards the returns and, weighted, towards the slow critic's mean.
+
+    The last row has no return. It is computed with the others and dropped: cutting the logits
+    instead would copy them, here and in the backward pass.
+    """
+    targets = (F.pad(returns, (0, 1)), slow_value)
+    return ops.twohot_loss(logits, targets, bins, (1.0, slow_reg))[:, :-1]
 
 
 def repl_loss(
@@ -188,7 +203,4 @@ def repl_loss(
     live = (1.0 - is_terminal.float()) * discount
     going = 1.0 - is_last.float()
     returns = ops.lambda_return(reward, boot, live, going * lam)
-    loss = ops.twohot_loss(
-        value_logits[:, :-1], (returns, slow_value[:, :-1]), bins, (1.0, slow_reg)
-    )
-    return going[:, :-1] * loss
+    return going[:, :-1] * critic_loss(value_logits, returns, slow_value, bins, slow_reg)
