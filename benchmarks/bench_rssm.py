@@ -1,0 +1,132 @@
+"""RSSM: the posterior sequence and the rollout, fused against the plain PyTorch loop, in one run.
+
+`compiled` is torch.compile of the reference, unrolled; it takes minutes to compile at T = 64, so
+it runs only with FASTWM_BENCH_COMPILE=1 and at T = 8. GFLOP/s count what the loop and the hoisted
+products must compute: forward 80 U^2 multiplications a row at these sizes, backward twice that.
+"""
+
+import os
+
+import pytest
+import torch
+
+from fastwm import ops
+from fastwm.ops.rssm import RSSMWeights
+
+# D, U, K, E of the published sizes; S = 32, G = 8, A = 6.
+SIZES = {"size1m": (512, 64, 4, 64), "size12m": (2048, 256, 16, 1024)}
+BACKENDS = ["reference", "fused"]
+
+
+def make_weights(deter, units, classes, embed, actions=6, groups=32, blocks=8):
+    def leaf(*shape):
+        return (torch.randn(*shape) / shape[-1] ** 0.5).requires_grad_()
+
+    def vector(width, value):
+        return torch.full((width,), value).requires_grad_()
+
+    def layer(out, into):
+        return leaf(out, into), vector(out, 0.0), vector(out, 1.0)
+
+    block, stoch = deter // blocks, groups * classes
+    hidden = (leaf(blocks, block + 3 * units, block), vector(deter, 0.0), vector(deter, 1.0))
+    return RSSMWeights(
+        layer(units, deter), layer(units, stoch), layer(units, actions), (hidden,),
+        (leaf(blocks, block, 3 * block), vector(3 * deter, 0.0)),
+        (layer(units, deter + embed),), layer(stoch, units)[:2],
+        (layer(units, deter), layer(units, units)), layer(stoch, units)[:2],
+    )  # fmt: skip
+
+
+def leaves_of(weights):
+    layers = [*weights[:3], *weights.hidden, weights.gru, *weights.post, weights.post_logit]
+    return [x for layer in layers for x in layer]
+
+
+def make_inputs(size, batch, time, groups=32, actions=6):
+    deter, _, classes, embed = SIZES[size]
+    index = torch.randint(classes, (batch, groups))
+    return {
+        "deter": torch.randn(batch, deter),
+        "stoch": torch.nn.functional.one_hot(index, classes).float(),
+        "tokens": torch.randn(batch, time, embed).requires_grad_(),
+        "prev_action": torch.rand(batch, time, actions) * 2 - 1,
+        "is_first": torch.rand(batch, time) < 0.02,
+        "noise": torch.rand(batch, time, groups),
+    }
+
+
+def observe_call(function, weights, inputs, train):
+    leaves = [*leaves_of(weights), inputs["tokens"]]
+
+    def call():
+        with torch.set_grad_enabled(train):
+            out = function(weights, **inputs)
+        if train:
+            torch.autograd.grad(sum(x.square().sum() for x in out), leaves)
+
+    return call
+
+
+def run(benchmark, call, flops):
+    call()
+    benchmark.extra_info["flops"] = flops
+    benchmark.pedantic(call, rounds=8, warmup_rounds=1)
+    benchmark.extra_info["GFLOP/s"] = flops / benchmark.stats.stats.median / 1e9
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+def test_observe(benchmark, size, backend, mode, batch=16, time=64):
+    benchmark.group = f"rssm_observe {mode} {size} B{batch} T{time}"
+    train = mode != "forward"
+    weights = make_weights(*SIZES[size])
+    call = observe_call(ops.rssm_observe, weights, make_inputs(size, batch, time), train)
+    flops = 2 * 69 * SIZES[size][1] ** 2 * batch * time * (3 if train else 1)
+    with ops.use_backend(backend):
+        run(benchmark, call, flops)
+
+
+@pytest.mark.skipif(not os.environ.get("FASTWM_BENCH_COMPILE"), reason="minutes of compilation")
+@pytest.mark.parametrize("backend", ["reference", "compiled", "fused"])
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+def test_observe_short(benchmark, backend, mode, size="size1m", batch=16, time=8):
+    benchmark.group = f"rssm_observe {mode} {size} B{batch} T{time}"
+    function = {
+        "reference": ops.rssm_observe_ref,
+        "compiled": torch.compile(ops.rssm_observe_ref, fullgraph=True),
+        "fused": ops.rssm_observe,
+    }[backend]
+    train = mode != "forward"
+    inputs = make_inputs(size, batch, time)
+    call = observe_call(function, make_weights(*SIZES[size]), inputs, train)
+    run(benchmark, call, 2 * 69 * SIZES[size][1] ** 2 * batch * time * (3 if train else 1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", [*BACKENDS, "fused bf16"])
+def test_imagine(benchmark, size, backend, count=1024, length=15):
+    benchmark.group = f"rssm_imagine {size} N{count} I{length}"
+    weights, inputs = make_weights(*SIZES[size]), make_inputs(size, count, 1)
+    noise = torch.rand(length, count, 32)
+    actions = torch.rand(count, 6) * 2 - 1
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16, enabled=backend.endswith("bf16")):
+            ops.rssm_imagine(
+                weights, inputs["deter"], inputs["stoch"], lambda d, s: actions, length, noise)
+
+    with ops.use_backend(backend.split()[0]):
+        run(benchmark, call, 2 * 77 * SIZES[size][1] ** 2 * count * length)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_act(benchmark, size, backend, envs=8):
+    """One posterior step without gradient, as between two environment steps."""
+    benchmark.group = f"rssm_observe act {size} B{envs} T1"
+    weights, inputs = make_weights(*SIZES[size]), make_inputs(size, envs, 1)
+    call = observe_call(ops.rssm_observe, weights, inputs, False)
+    with ops.use_backend(backend):
+        run(benchmark, call, 2 * 69 * SIZES[size][1] ** 2 * envs)
