@@ -46,6 +46,13 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
   m.def("kl_balance_backward(Tensor grad_dyn, Tensor grad_rep, Tensor slope_post, "
         "Tensor slope_prior) -> (Tensor, Tensor)");
 
+  // optim: decay holds 0 or 1 per tensor; returns the gradient norm and whether it is finite
+  m.def("laprop_agc_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] mu, Tensor(c!)[] nu, "
+        "Tensor(d!) step, Tensor lr, Tensor? grad_scale, float agc, float pmin, float beta1, "
+        "float beta2, float eps, float weight_decay, int[] decay, bool nesterov) "
+        "-> (Tensor, Tensor)");
+  m.def("ema_(Tensor(a!)[] slow, Tensor[] fast, float rate, Tensor? finite) -> ()");
+
   // rssm: the loop of the posterior sequence; see csrc/ops_cpu_rssm.cpp for what the lists hold
   m.def("gru_gates(Tensor gates, Tensor bias, Tensor deter, int blocks) -> Tensor");
   m.def("rssm_scan(Tensor[] weights, int hidden, Tensor deter, Tensor stoch, Tensor action_part, "

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastwm.ops._backend import available, raw, register_fake
+
 __all__ = ["ema_", "ema_ref_", "laprop_agc_", "laprop_agc_ref_"]
 
 
@@ -44,6 +46,14 @@ def _check_laprop(params, grads, mu, nu, step, lr, decay_mask) -> None:
         )
 
 
+def _fused(written: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether there is something to do, on one device with kernels, and all of it row-major."""
+    tensors = [tensor for group in written for tensor in group]
+    return bool(tensors) and all(
+        available(t) and t.device == tensors[0].device and t.is_contiguous() for t in tensors
+    )
+
+
 def _norm(x: Tensor) -> Tensor:
     """The 2-norm, summed in float64: no overflow, hardly any rounding."""
     return torch.linalg.vector_norm(x, dtype=torch.float64)
@@ -69,7 +79,6 @@ def laprop_agc_ref_(
     grad_scale: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:  # (), ()
     """`laprop_agc_` in plain PyTorch, one tensor after the other."""
-    _check_laprop(params, grads, mu, nu, step, lr, decay_mask)
     if grad_scale is not None:
         grads = [g / grad_scale for g in grads]
     norms = [_norm(g) for g in grads]
@@ -136,11 +145,20 @@ def laprop_agc_(
     Equivalent to:
         the loop of `laprop_agc_ref_`; the first update moves each element by about lr.
     """
-    return laprop_agc_ref_(
-        params, grads, mu, nu, step, lr, agc=agc, pmin=pmin, beta1=beta1, beta2=beta2, eps=eps,
-        weight_decay=weight_decay, decay_mask=decay_mask, nesterov=nesterov,
-        grad_scale=grad_scale,
-    )
+    _check_laprop(params, grads, mu, nu, step, lr, decay_mask)
+    if not _fused((params, mu, nu)):
+        return laprop_agc_ref_(
+            params, grads, mu, nu, step, lr, agc=agc, pmin=pmin, beta1=beta1, beta2=beta2,
+            eps=eps, weight_decay=weight_decay, decay_mask=decay_mask, nesterov=nesterov,
+            grad_scale=grad_scale,
+        )  # fmt: skip
+    scale = None if grad_scale is None else torch.as_tensor(grad_scale).float().to(lr.device)
+    decay = [1] * len(params) if decay_mask is None else [int(on) for on in decay_mask]
+    with torch.no_grad():
+        return raw.laprop_agc_(
+            list(params), list(grads), list(mu), list(nu), step, lr, scale, agc, pmin, beta1,
+            beta2, eps, weight_decay, decay, nesterov,
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -148,7 +166,6 @@ def ema_ref_(
     slow: Sequence[Tensor], fast: Sequence[Tensor], rate: float, finite: Tensor | None = None
 ) -> None:
     """`ema_` in plain PyTorch, one tensor after the other."""
-    _check_lists("ema_", ("slow", "fast"), (slow, fast))
     for old, new in zip(slow, fast, strict=True):
         mixed = rate * new + (1.0 - rate) * old
         old.copy_(mixed if finite is None else torch.where(finite, mixed, old))
@@ -168,4 +185,19 @@ def ema_(
     Equivalent to:
         for s, f in zip(slow, fast): s.lerp_(f, rate)
     """
-    ema_ref_(slow, fast, rate, finite)
+    _check_lists("ema_", ("slow", "fast"), (slow, fast))
+    if not _fused((slow,)):
+        return ema_ref_(slow, fast, rate, finite)
+    with torch.no_grad():
+        return raw.ema_(list(slow), list(fast), rate, finite)
+
+
+@register_fake("laprop_agc_")
+def _(params, grads, mu, nu, step, lr, grad_scale, agc, pmin, beta1, beta2, eps, weight_decay,
+      decay, nesterov):  # fmt: skip
+    return lr.new_empty(()), lr.new_empty((), dtype=torch.bool)
+
+
+@register_fake("ema_")
+def _(slow, fast, rate, finite):
+    return None

@@ -1,4 +1,4 @@
-"""The optim stem: goldens, reference parity, errors."""
+"""The optim stem: LaProp with adaptive clipping, and moving averages of parameters."""
 
 import math
 
@@ -6,6 +6,11 @@ import pytest
 import torch
 
 from fastwm import ops
+from fastwm.ops import available, ema_, ema_ref_, laprop_agc_, laprop_agc_ref_
+from fastwm.ops._backend import raw
+
+fused_only = pytest.mark.skipif(not available("cpu"), reason="no compiled kernels")
+SHAPES = [(13, 7), (), (0, 3), (1,), (33,), (70000,), (2, 1, 3, 5)]
 
 
 class Run:
@@ -28,7 +33,7 @@ def under(data, prefix):
     return {k[len(prefix):]: v for k, v in data.items() if k.startswith(prefix)}
 
 
-def test_golden_laprop(golden, near):
+def test_golden_laprop(golden, near, variant):
     data = golden("laprop_agc")
     run = Run(under(data, "params0/"))
     options = {k: float(data[k]) for k in ("agc", "pmin", "beta1", "beta2", "eps")}
@@ -62,7 +67,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_golden_head_pieces(golden, near, setting):
+def test_golden_head_pieces(golden, near, variant, setting):
     data = golden("dreamerv3_head_pieces")
     options, schedule = SETTINGS[setting]
     run = Run(under(data, "opt/init/"))
@@ -75,3 +80,195 @@ def test_golden_head_pieces(golden, near, setting):
             near(param, data[f"opt/{setting}/step{number}/{name}"], 2e-5, f"{number} {name}")
         number += 1
     assert number > 1
+
+
+def lists(shapes=SHAPES, spread=1.0):
+    """params, grads, mu, nu of an optimizer that has run for a while."""
+    params, grads, mu = ([torch.randn(shape) for shape in shapes] for _ in range(3))
+    return [params, [spread * g for g in grads], mu, [torch.rand(shape) for shape in shapes]]
+
+
+def copies(groups):
+    return [[t.clone() for t in group] for group in groups]
+
+
+OPTIONS = [
+    {}, {"agc": 0.0}, {"weight_decay": 0.1}, {"nesterov": True},
+    {"weight_decay": 0.2, "decay_mask": [i % 2 == 0 for i in range(len(SHAPES))]},
+    {"grad_scale": 64.0}, {"grad_scale": torch.tensor(0.25)},
+    {"beta1": 0.5, "beta2": 0.9, "eps": 1e-5, "pmin": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "default")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_matches_reference(options, dtype, variant, close):
+    ours = lists(spread=3.0)
+    theirs = copies(ours)
+    steps = [torch.tensor(4, dtype=dtype) for _ in range(2)]
+    lr = torch.tensor(1e-2)
+    for _ in range(3):
+        norm, finite = laprop_agc_(*ours, steps[0], lr, **options)
+        expected, _ = laprop_agc_ref_(*theirs, steps[1], lr, **options)
+        close(norm, expected)
+        assert finite.dtype == torch.bool and finite
+    assert steps[0] == steps[1] == 7
+    for name, got, want in zip(("params", "grads", "mu", "nu"), ours, theirs, strict=True):
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            close(a, b, msg=lambda m, name=name, i=i: f"{name}[{i}]: {m}")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["gradient", "scale"])
+def test_a_non_finite_update_writes_nothing(bad, where, variant):
+    ours = lists()
+    scale = 1.0
+    if where == "gradient":
+        ours[1][4][17] = bad
+    elif not math.isinf(bad):
+        scale = bad
+    else:
+        pytest.skip("an infinite scale makes zeros")
+    before, step = copies(ours), torch.tensor(4)
+    _, finite = laprop_agc_(*ours, step, torch.tensor(1e-2), grad_scale=scale)
+    assert not finite and step == 4
+    for got, want in zip(ours, before, strict=True):
+        assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(got, want, strict=True))
+    for group in (0, 2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(ours[group], before[group], strict=True))
+
+
+def test_huge_gradients_are_finite(variant, close):
+    ours = lists([(40,), (1030,)], spread=1e30)
+    theirs = copies(ours)
+    norm, finite = laprop_agc_(*ours, torch.tensor(4), torch.tensor(1e-2))
+    laprop_agc_ref_(*theirs, torch.tensor(4), torch.tensor(1e-2))
+    assert finite and norm.isfinite()
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        close(a, b)
+
+
+def test_gradients_of_any_stride_and_parameters_of_modules(variant, close):
+    ours = lists([(6, 4), (3, 2, 5, 5)])
+    theirs = copies(ours)
+    ours[1][0] = ours[1][0].t().contiguous().t()
+    ours[1][1] = ours[1][1].to(memory_format=torch.channels_last)
+    ours[0] = [torch.nn.Parameter(p) for p in ours[0]]
+    laprop_agc_(*ours, torch.tensor(4), torch.tensor(1e-2))
+    laprop_agc_ref_(*theirs, torch.tensor(4), torch.tensor(1e-2))
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        close(a.detach(), b)
+    (ours[0][0] * 2).sum().backward()  # autograd knows nothing of the update
+
+
+def test_parameters_of_any_stride(variant, close):
+    ours = lists([(6, 4)])
+    theirs = copies(ours)
+    for group in (0, 2, 3):
+        ours[group] = [t.t().contiguous().t() for t in ours[group]]
+    laprop_agc_(*ours, torch.tensor(4), torch.tensor(1e-2))
+    laprop_agc_ref_(*theirs, torch.tensor(4), torch.tensor(1e-2))
+    close(ours[0][0], theirs[0][0])
+
+
+def test_empty_list(variant):
+    step = torch.tensor(4)
+    norm, finite = laprop_agc_([], [], [], [], step, torch.tensor(1e-2))
+    assert norm == 0 and finite and step == 5
+    ema_([], [], 0.5)
+
+
+@pytest.mark.parametrize("finite", [None, True, False])
+def test_ema_matches_reference(finite, variant, close):
+    slow, fast = ([torch.randn(shape) for shape in SHAPES] for _ in range(2))
+    (theirs,) = copies([slow])
+    flag = None if finite is None else torch.tensor(finite)
+    ema_(slow, fast, 0.02, flag)
+    ema_ref_(theirs, fast, 0.02, flag)
+    for a, b in zip(slow, theirs, strict=True):
+        close(a, b)
+
+
+@fused_only
+def test_two_runs_are_equal_on_any_number_of_threads():
+    start, results, before = lists([(300000,), (5,), (70000,)]), [], torch.get_num_threads()
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        ours = copies(start)
+        norm, _ = laprop_agc_(*ours, torch.tensor(4), torch.tensor(1e-2))
+        results.append([norm, *ours[0], *ours[2], *ours[3]])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def raw_args(groups, step=4, lr=1e-2):
+    rest = (None, 0.3, 1e-3, 0.9, 0.999, 1e-20, 0.0, [1] * len(groups[0]), False)
+    return (*groups, torch.tensor(step), torch.tensor(lr), *rest)
+
+
+@fused_only
+def test_opcheck():
+    groups = lists([(3, 4), (5,)])
+    torch.library.opcheck(raw.laprop_agc_.default, raw_args(groups))
+    torch.library.opcheck(raw.ema_.default, (groups[0], groups[1], 0.02, torch.tensor(True)))
+
+
+def test_fullgraph_compile(variant, close):
+    def update(params, grads, mu, nu, step, lr):
+        norm, finite = laprop_agc_(params, grads, mu, nu, step, lr)
+        ema_(mu, grads, 0.5, finite)
+        return norm
+
+    torch._dynamo.reset()
+    ours = lists([(3, 4), (5,)])
+    theirs, lr = copies(ours), torch.tensor(1e-2)
+    steps = [torch.tensor(4) for _ in range(2)]
+    compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
+    close(compiled(*ours, steps[0], lr), update(*theirs, steps[1], lr))
+    assert steps[0] == 5
+    for got, want in zip(ours, theirs, strict=True):
+        for a, b in zip(got, want, strict=True):
+            close(a, b)
+
+
+def test_bad_input_messages(variant):
+    params, grads, mu, nu = lists([(3, 4), (5,)])
+    step, lr = torch.tensor(4), torch.tensor(1e-2)
+    with pytest.raises(ValueError, match="expected as many grads as params = 2, got 1"):
+        laprop_agc_(params, grads[1:], mu, nu, step, lr)
+    with pytest.raises(ValueError, match=r"expected mu\[0\] of shape \(3, 4\), got \(5,\)"):
+        laprop_agc_(params, grads, mu[::-1], nu, step, lr)
+    with pytest.raises(TypeError, match=r"expected nu\[1\] in float32, got torch.float64"):
+        laprop_agc_(params, grads, mu, [nu[0], nu[1].double()], step, lr)
+    with pytest.raises(TypeError, match="step as a 0-d int64 or float32"):
+        laprop_agc_(params, grads, mu, nu, torch.tensor([4]), lr)
+    with pytest.raises(TypeError, match="lr as a 0-d float32"):
+        laprop_agc_(params, grads, mu, nu, step, lr.double())
+    with pytest.raises(ValueError, match="decay_mask of length 2, got 1"):
+        laprop_agc_(params, grads, mu, nu, step, lr, decay_mask=[True])
+    with pytest.raises(ValueError, match=r"expected fast\[0\] of shape"):
+        ema_(params, params[::-1], 0.5)
+
+
+@fused_only
+def test_raw_ops_refuse_forged_input():
+    groups = lists([(3, 4), (5,)])
+    params, grads, mu, nu = groups
+    wrong = torch.zeros(2)
+    forged = [
+        (params, grads[:1], mu, nu),
+        (params, [grads[0], wrong], mu, nu),
+        (params, grads, [wrong, mu[1]], nu),
+        (params, grads, mu, [nu[0].double(), nu[1]]),
+        ([params[0].t().contiguous().t(), params[1]], grads, mu, nu),
+    ]
+    for broken in forged:
+        with pytest.raises(RuntimeError, match="expected"):
+            raw.laprop_agc_(*raw_args(broken))
+    with pytest.raises(RuntimeError, match="decay"):
+        raw.laprop_agc_(*raw_args(groups)[:-2], [1], False)
+    with pytest.raises(RuntimeError, match="lr"):
+        raw.laprop_agc_(*raw_args(groups)[:5], torch.ones(2), *raw_args(groups)[6:])
+    with pytest.raises(RuntimeError, match="expected"):
+        raw.ema_(params, [params[0], wrong], 0.5, None)
