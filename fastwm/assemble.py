@@ -7,6 +7,7 @@ import os
 import time
 import tomllib
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,26 +86,28 @@ def make_envs(config: Any) -> Any:
         **config.env.options,
     }
 
-    def make(num_envs: int, seed: int) -> envs.VecEnv:
-        try:
-            return envs.make(config.task, num_envs, seed, **options)
-        except (ValueError, TypeError) as error:
-            if _raised_by_us(error):
-                raise settings.ConfigError(str(error)) from None
-            raise  # a user's own environment: the traceback is theirs to read
-
-    return make
+    return lambda num_envs, seed: _build(envs.make, config.task, num_envs, seed, **options)
 
 
-def _raised_by_us(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+def _build(function: Callable, *args: Any, **options: Any) -> Any:
+    """Call, and turn what this package says about wrong values into a ConfigError.
+
+    Errors that a user's own environment raises keep their traceback.
+    """
+    try:
+        return function(*args, **options)
+    except (ValueError, TypeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if Path(frames[-1].filename).is_relative_to(Path(__file__).parent):
+            raise settings.ConfigError(str(error)) from None
+        raise
 
 
 def make_agent(config: Any, obs_space: dict[str, Space], act_space: Space) -> Any:
     module, _, name = AGENTS[config.algorithm].partition(":")
-    build = getattr(importlib.import_module(module), name)
-    return build(obs_space, act_space, config, device=device_of(config), seed=config.seed)
+    function = getattr(importlib.import_module(module), name)
+    options = {"device": device_of(config), "seed": config.seed}
+    return _build(function, obs_space, act_space, config, **options)
 
 
 def device_of(config: Any) -> str:
@@ -122,20 +125,18 @@ def make_replay(config: Any, agent: Any, folder: Path) -> Replay | None:
     spec, options = agent.replay_spec(), config.replay
     if spec is None:
         return None
-    try:
-        return Replay(
-            spec,
-            config.envs,
-            options.capacity,
-            config.batch_length,
-            online=options.online,
-            seed=seed_of(config.seed, 2),
-            storage=options.storage,
-            directory=folder / "ring" if options.storage == "mmap" else None,
-            force=options.force,
-        )
-    except ValueError as error:
-        raise settings.ConfigError(str(error)) from None
+    return _build(
+        Replay,
+        spec,
+        config.envs,
+        options.capacity,
+        config.batch_length,
+        online=options.online,
+        seed=seed_of(config.seed, 2),
+        storage=options.storage,
+        directory=folder / "ring" if options.storage == "mmap" else None,
+        force=options.force,
+    )
 
 
 def run_folder(config: Any) -> Path:

@@ -199,7 +199,9 @@ class Logger:
         texts = [f"updates {updates} ({ratio} per env_step)"]
         for word, name in (("return", "episode/score"), ("eval", "eval/return")):
             texts += [f"{word} {self.shown[name]:.4g}"] if name in self.shown else []
-        self.bar.set_postfix_str(" | ".join([*texts, shares] if shares else texts), refresh=False)
+        self.bar.set_description_str(
+            " | ".join([*texts, shares] if shares else texts), refresh=False
+        )
         self.bar.update(env_steps - self.bar.n)
 
     def say(self, text: str) -> None:
@@ -307,7 +309,7 @@ def _open_bar(steps: int, env_steps: int, every_s: float) -> Any:
         smoothing=0.1,
         mininterval=every_s if terminal else max(every_s, 20.0),
         bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt}{unit} {rate_fmt} "
-        "ETA {remaining} {postfix}",
+        "ETA {remaining}   {desc}",
     )
 
 

@@ -205,6 +205,7 @@ def copy(run: Path, folder: Path) -> Path:
         (["--env.options.colour", "red"], ["colour"]),
         (["--env.action_repeat", "2", "--task", "dummy"], ["dummy: expected action_repeat of 1"]),
         (["--replay.capacity", "1e15"], ["replay", "GB"]),
+        (["--task", "dummy_image", "--env.size", "50,50"], ["divisible by 16", "50x50"]),
         (["atari10k"], ["unknown preset 'atari10k'"]),
     ],
 )
