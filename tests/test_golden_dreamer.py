@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from reference_names import config_of, count, load_parameters, named, spaces_of
 
 from fastwm.agents.dreamer import DreamerAgent, Noise
-from tests.reference_names import config_of, count, load_parameters, named, spaces_of
 
 FILES = ("dreamerv3_image_discrete", "dreamerv3_vector_continuous")
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 5e-4

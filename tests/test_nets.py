@@ -7,11 +7,11 @@ import re
 
 import pytest
 import torch
+from reference_names import channel_widths, our_layout, our_name
 
 from fastwm.distributions import image_mse, multi_categorical_loss, symlog_mse
 from fastwm.nets import BlockLinear, Conv, Decoder, Encoder, Linear
 from fastwm.spaces import Space
-from tests.reference_names import channel_widths, our_layout, our_name
 
 
 @pytest.fixture
