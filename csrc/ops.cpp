@@ -54,6 +54,9 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
   m.def("ema_(Tensor(a!)[] slow, Tensor[] fast, float rate, Tensor? finite) -> ()");
 
   // rssm: the loop of the posterior sequence; see csrc/ops_cpu_rssm.cpp for what the lists hold
+  m.def("rssm_pack(Tensor[] weights, int hidden, int groups) -> Tensor");
+  m.def("rssm_step_(Tensor packed, Tensor[] weights, int hidden, Tensor(a!) deters, "
+        "Tensor(b!) stochs, Tensor action, Tensor? noise, int t, float unimix) -> ()");
   m.def("gru_gates(Tensor gates, Tensor bias, Tensor deter, int blocks) -> Tensor");
   m.def("rssm_scan(Tensor[] weights, int hidden, Tensor deter, Tensor stoch, Tensor action_part, "
         "Tensor token_part, Tensor is_first, Tensor? noise, float unimix, bool save) -> Tensor[]");

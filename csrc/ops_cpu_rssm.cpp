@@ -83,7 +83,11 @@ RssmWeights read_weights(Inputs& in, const Tensors& weights, int64_t hidden, Rss
   RssmWeights w;
   w.deter_in = layer("deter_in", {u, n.deter}, u, true);
   w.stoch_in = layer("stoch_in", {u, z}, u, true);
-  next += 3;  // action_in is no part of the loop
+  if (n.actions > 0) {
+    w.action_in = layer("action_in", {u, n.actions}, u, true);
+  } else {
+    next += 3;  // no part of the sequence's loop
+  }
   for (int64_t i = 0; i < hidden; ++i) {
     w.hidden[i] = layer("hidden", {n.blocks, i == 0 ? d + 3 * u : d, d}, n.deter, true);
   }
@@ -127,6 +131,7 @@ Tensors rssm_scan_cpu(Tensors weights, int64_t hidden, Tensor deter, Tensor stoc
   const RssmSizes& n = a.size;
   a.deter = in.take("deter", deter, "(B, D)", {n.batch, n.deter});
   a.stoch = in.take("stoch", stoch, "(B, S, K)", {n.batch, n.groups, n.classes});
+  a.deter_row = n.deter, a.stoch_row = n.stoch();
   a.action_part = in.take("action_part", action_part, "(B, T, D)", {n.batch, n.time, n.deter});
   a.token_part = in.take("token_part", token_part, "(B, T, U)", {n.batch, n.time, n.units});
   a.is_first = in.flags("is_first", is_first, {n.batch, n.time});
@@ -146,8 +151,9 @@ Tensors rssm_scan_cpu(Tensors weights, int64_t hidden, Tensor deter, Tensor stoc
   for (int64_t i = 0; i < n.post_layers; ++i) {
     out.push_back(keep(deter, n, n.units, save, a.post[i]));
   }
-  Tensor workspace = allocate(deter, {rssm_scan_workspace(n)});
-  a.workspace = mutable_ptr(workspace);
+  Tensor workspace = allocate(deter, {rssm_packed_floats(n) + rssm_scan_workspace(n)});
+  a.packed = mutable_ptr(workspace);
+  a.workspace = a.packed + rssm_packed_floats(n);
   if (n.batch > 0 && n.time > 0) run_team(n, a, rssm_scan);
   if (!save) out.resize(3);
   return out;
@@ -210,6 +216,77 @@ Tensors rssm_scan_backward_cpu(Tensors weights, int64_t hidden, Tensors saved, T
   return out;
 }
 
+// Weights of a rollout in the same order, with the prior's layers as the posterior's.
+RssmScan rollout_args(Inputs& in, const Tensors& weights, int64_t hidden, int64_t groups) {
+  RssmScan a{};
+  STD_TORCH_CHECK(weights.size() > 6, in.op, ": expected weights, got ", weights.size(), " tensors");
+  check_shape(in.op, "stoch_in weight", weights[3], "(U, S*K)", {-1, -1});
+  check_shape(in.op, "action_in weight", weights[6], "(U, A)", {-1, -1});
+  const int64_t width = weights[3].size(1);
+  STD_TORCH_CHECK(groups >= 1 && width >= groups && width % groups == 0, in.op,
+                  ": expected S to divide S*K = ", width, ", got ", groups);
+  a.size.groups = groups, a.size.classes = width / groups, a.size.time = 1;
+  a.size.actions = weights[6].size(1);
+  STD_TORCH_CHECK(a.size.actions >= 1, in.op, ": expected A >= 1, got 0");
+  a.weights = read_weights(in, weights, hidden, a.size);
+  STD_TORCH_CHECK(a.size.embed == 0, in.op, ": expected a prior of width D, got ", a.size.embed,
+                  " more");
+  return a;
+}
+
+Tensor rssm_pack_cpu(Tensors weights, int64_t hidden, int64_t groups) {
+  STD_TORCH_CHECK(!weights.empty(), "rssm_pack: expected weights, got none");
+  Inputs in{"rssm_pack", weights[0], {}};
+  RssmScan a = rollout_args(in, weights, hidden, groups);
+  // Zeros in the gaps between panels, so that equal weights give equal tensors.
+  Tensor packed = torch::stable::new_zeros(weights[0], {rssm_packed_floats(a.size)});
+  a.packed = mutable_ptr(packed);
+  run_team(a.size, a, rssm_pack);
+  return packed;
+}
+
+float* slice(const char* op, const char* name, Tensor& all, const Tensor& like, int64_t rows,
+             int64_t steps, int64_t width, int64_t t) {
+  check_dtype(op, name, all, ScalarType::Float);
+  check_same_device(op, name, all, like);
+  STD_TORCH_CHECK(all.is_contiguous() && all.numel() == rows * steps * width, op, ": expected ",
+                  name, " contiguous of ", rows * steps * width, " numbers, got ", all.numel());
+  return mutable_ptr(all) + t * width;
+}
+
+// Writes state t + 1 of deters (N, I+1, D) and stochs (N, I+1, S, K) from state t.
+void rssm_step_cpu(Tensor packed, Tensors weights, int64_t hidden, Tensor deters, Tensor stochs,
+                   Tensor action, std::optional<Tensor> noise, int64_t t, double unimix) {
+  constexpr const char* op = "rssm_step_";
+  check_shape(op, "stochs", stochs, "(N, I+1, S, K)", {-1, -1, -1, -1});
+  Inputs in{op, packed, {}};
+  RssmScan a = rollout_args(in, weights, hidden, stochs.size(2));
+  RssmSizes& n = a.size;
+  n.batch = stochs.size(0);
+  const int64_t steps = stochs.size(1);
+  STD_TORCH_CHECK(t >= 0 && t + 1 < steps, op, ": expected 0 <= t < I = ", steps - 1, ", got ", t);
+  STD_TORCH_CHECK(stochs.size(3) == n.classes, op, ": expected K = ", n.classes, ", got ",
+                  stochs.size(3));
+  check_shape(op, "deters", deters, "(N, I+1, D)", {n.batch, steps, n.deter});
+  in.take("packed", packed, "(floats)", {rssm_packed_floats(n)});
+  a.packed = const_cast<float*>(ptr(in.kept.back()));  // read only
+  a.action = in.take("action", action, "(N, A)", {n.batch, n.actions});
+  if (noise) a.noise = in.take("noise", *noise, "(N, S)", {n.batch, n.groups});
+  a.unimix = (float)unimix;
+  a.deter = slice(op, "deters", deters, packed, n.batch, steps, n.deter, t);
+  a.stoch = slice(op, "stochs", stochs, packed, n.batch, steps, n.stoch(), t);
+  a.deter_row = steps * n.deter, a.stoch_row = steps * n.stoch();
+  a.out_deter = {const_cast<float*>(a.deter) + n.deter, a.deter_row, 0};
+  a.one_hot = {const_cast<float*>(a.stoch) + n.stoch(), a.stoch_row, 0};
+  RssmSizes group = n;
+  group.batch = kRssmGroup;
+  a.scratch = rssm_scan_workspace(group);
+  a.workspace_step = a.scratch + rssm_step_preactivations(n);
+  Tensor workspace = allocate(packed, {team_size(n) * a.workspace_step});
+  a.workspace = mutable_ptr(workspace);
+  if (n.batch > 0) run_team(n, a, rssm_step);
+}
+
 Tensor gru_gates_cpu(Tensor gates, Tensor bias, Tensor deter, int64_t blocks) {
   constexpr const char* op = "gru_gates";
   check_shape(op, "deter", deter, "(N, D)", {-1, -1});
@@ -230,6 +307,8 @@ Tensor gru_gates_cpu(Tensor gates, Tensor bias, Tensor deter, int64_t blocks) {
 }  // namespace fastwm
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
+  m.impl("rssm_pack", TORCH_BOX(&fastwm::rssm_pack_cpu));
+  m.impl("rssm_step_", TORCH_BOX(&fastwm::rssm_step_cpu));
   m.impl("gru_gates", TORCH_BOX(&fastwm::gru_gates_cpu));
   m.impl("rssm_scan", TORCH_BOX(&fastwm::rssm_scan_cpu));
   m.impl("rssm_scan_backward", TORCH_BOX(&fastwm::rssm_scan_backward_cpu));

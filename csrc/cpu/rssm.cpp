@@ -10,20 +10,30 @@
 
 namespace fastwm {
 
+void rssm_pack(const RssmScan& a, Worker worker) { FWM_CALL(rssm_pack)(a, worker); }
 void rssm_scan(const RssmScan& a, Worker worker) { FWM_CALL(rssm_scan)(a, worker); }
+void rssm_step(const RssmScan& a, Worker worker) { FWM_CALL(rssm_step)(a, worker); }
 
 // Panels are at most 32 wide; their padding is counted for that width.
-int64_t rssm_packed_floats(int64_t blocks, int64_t out, int64_t depth) {
+int64_t rssm_panels(int64_t blocks, int64_t out, int64_t depth) {
   return blocks * ((out + 31) / 32 * 32) * depth + 16;
 }
 
-int64_t rssm_scan_workspace(const RssmSizes& n) {
+int64_t rssm_packed_floats(const RssmSizes& n) {
   const int64_t d = n.block(), u = n.units, z = n.stoch();
-  return rssm_packed_floats(n.blocks, d, d + 2 * u) +
-         (n.hidden_layers - 1) * rssm_packed_floats(n.blocks, d, d) +
-         rssm_packed_floats(3 * n.blocks, d, d) + rssm_packed_floats(2, u, n.deter) +
-         (n.post_layers - 1) * rssm_packed_floats(1, u, u) + rssm_packed_floats(1, z, u) +
-         z * u + n.batch * (2 * n.deter + 4 * u + z + n.groups + 128) + 256;
+  return rssm_panels(n.blocks, d, d + 3 * u) + (n.hidden_layers - 1) * rssm_panels(n.blocks, d, d) +
+         rssm_panels(3 * n.blocks, d, d) + rssm_panels(2, u, n.deter) +
+         (n.post_layers - 1) * rssm_panels(1, u, u) + rssm_panels(1, z, u) +
+         (z + n.actions) * u + 64;
+}
+
+int64_t rssm_scan_workspace(const RssmSizes& n) {
+  return n.batch * (2 * n.deter + 5 * n.units + n.stoch() + n.groups + 160) + 256;
+}
+
+int64_t rssm_step_preactivations(const RssmSizes& n) {
+  return kRssmGroup * (n.stoch() + (3 + n.hidden_layers) * n.deter +
+                       (3 + n.post_layers) * n.units) + 64;
 }
 
 int64_t rssm_phases(const RssmSizes& n) {
@@ -44,25 +54,28 @@ struct Forward {
   const RssmScan& a;
   const RssmSizes& n;
   Worker& worker;
-  const int64_t d, u, z;     // D/G, U, S*K
-  const int64_t dw, uw, xw;  // row strides of our own buffers: D, U, 2U, padded
+  const int64_t d, u, z, inputs;  // D/G, U, S*K, width of all input branches: 2U or 3U
+  const int64_t dw, uw, xw;       // row strides of our own buffers: D, U, inputs, padded
   const Items items;
   Packed hidden[kRssmLayers], post[kRssmLayers], gru, from_deter, logit;
-  float* stoch_rows;  // (S*K, U): one row of it per chosen class
+  float *stoch_rows, *action_rows;  // (S*K, U), (A, U): input weights by input
   float *deter, *raw, *x, *h, *o, *e;
   int32_t* index;
 
   FWM_INLINE Forward(const RssmScan& a_, Worker& worker_)
       : a(a_), n(a.size), worker(worker_), d(n.block()), u(n.units), z(n.stoch()),
-        dw(padded(n.deter)), uw(padded(u)), xw(padded(2 * u)), items(n.batch) {
-    Arena arena{a.workspace};
-    hidden[0].place(arena, n.blocks, d, d + 2 * u);
+        inputs((n.actions > 0 ? 3 : 2) * u), dw(padded(n.deter)), uw(padded(u)),
+        xw(padded(inputs)), items(n.batch) {
+    Arena arena{a.packed};
+    hidden[0].place(arena, n.blocks, d, d + inputs);
     for (int64_t i = 1; i < n.hidden_layers; ++i) hidden[i].place(arena, n.blocks, d, d);
     for (int64_t i = 1; i < n.post_layers; ++i) post[i].place(arena, 1, u, u);
     gru.place(arena, 3 * n.blocks, d, d);  // block 3g + gate
     from_deter.place(arena, 2, u, n.deter);
     logit.place(arena, 1, z, u);
     stoch_rows = arena.take(z * u);
+    action_rows = arena.take(n.actions * u);
+    arena.next = a.workspace;
     deter = arena.take(n.batch * dw);
     raw = arena.take(n.batch * u);
     x = arena.take(n.batch * xw);
@@ -99,6 +112,10 @@ struct Forward {
     worker.run(z, [&](int64_t j) {
       for (int64_t i = 0; i < u; ++i) stoch_rows[j * u + i] = w.stoch_in.weight[i * z + j];
     });
+    worker.run(n.actions, [&](int64_t j) {
+      const float* source = w.action_in.weight + j;
+      for (int64_t i = 0; i < u; ++i) action_rows[j * u + i] = source[i * n.actions];
+    });
   }
 
   FWM_INLINE void pack_dense(const Packed& p, const float* weight, int64_t depth) {
@@ -109,7 +126,7 @@ struct Forward {
 
   // What step t needs of the state before it: reset, both input branches.
   FWM_INLINE void prepare(int64_t b, int64_t t) {
-    const bool first = a.is_first[b * n.time + t];
+    const bool first = a.is_first != nullptr && a.is_first[b * n.time + t];
     float *pre = a.inner.at(b, t), *before = deter + b * dw;
     const float *bias = a.weights.deter_in.bias, *from = raw + b * u;
     if (first) {
@@ -120,19 +137,29 @@ struct Forward {
     }
     for (int64_t i = 0; i < u; ++i) pre[u + i] = a.weights.stoch_in.bias[i];
     if (!first && t == 0) {
-      for (int64_t j = 0; j < z; ++j) add_row(pre + u, j, a.stoch[b * z + j]);
+      const float* stoch = a.stoch + b * a.stoch_row;
+      for (int64_t j = 0; j < z; ++j) add_row(pre + u, stoch_rows + j * u, stoch[j]);
     } else if (!first) {
       for (int64_t s = 0; s < n.groups; ++s) {
-        add_row(pre + u, s * n.classes + index[b * n.groups + s], 1.0f);
+        const int64_t chosen = s * n.classes + index[b * n.groups + s];
+        add_row(pre + u, stoch_rows + chosen * u, 1.0f);
       }
     }
     activate(pre, a.weights.deter_in.scale, u, x + b * xw);
     activate(pre + u, a.weights.stoch_in.scale, u, x + b * xw + u);
+    if (n.actions == 0) return;
+    const float* action = a.action + b * n.actions;
+    pre += 2 * u;
+    for (int64_t i = 0; i < u; ++i) pre[i] = a.weights.action_in.bias[i];
+    for (int64_t j = 0; j < n.actions; ++j) {
+      const float size = fabsf(action[j]);
+      add_row(pre, action_rows + j * u, size > 1.0f ? action[j] / size : action[j]);
+    }
+    activate(pre, a.weights.action_in.scale, u, x + b * xw + 2 * u);
   }
 
-  FWM_INLINE void add_row(float* y, int64_t row, float factor) const {
+  FWM_INLINE void add_row(float* y, const float* w, float factor) const {
     if (factor == 0.0f) return;
-    const float* w = stoch_rows + row * u;
 #pragma omp simd
     for (int64_t i = 0; i < u; ++i) y[i] += factor * w[i];
   }
@@ -156,9 +183,10 @@ struct Forward {
 
   void hidden_layers(int64_t t) {
     const RssmLayer* w = a.weights.hidden;
-    const Part inner{x, xw, 2 * u};
-    layer(hidden[0], deter, dw, d, inner, a.action_part + t * n.deter, n.time * n.deter,
-          a.hidden[0], t);
+    const Part branches{x, xw, inputs};
+    const bool given = a.action_part != nullptr;
+    layer(hidden[0], deter, dw, d, branches, given ? a.action_part + t * n.deter : w[0].bias,
+          given ? n.time * n.deter : 0, a.hidden[0], t);
     activate_rows(a.hidden[0], t, w[0].scale, n.deter, h, dw);
     for (int64_t i = 1; i < n.hidden_layers; ++i) {
       layer(hidden[i], h, dw, d, kNone, w[i].bias, 0, a.hidden[i], t);
@@ -194,14 +222,17 @@ struct Forward {
   }
 
   // [first posterior layer, next step's deter branch], which read the same state.
-  FWM_INLINE void read_deter(int64_t t, bool both) {
-    const int64_t skip = both ? 0 : from_deter.panels;
-    worker.run((from_deter.count() - skip) * items.chunks, [&](int64_t i) {
+  FWM_INLINE void read_deter(int64_t t, bool post_part, bool deter_part) {
+    const int64_t skip = post_part ? 0 : from_deter.panels;
+    const int64_t stop = deter_part ? from_deter.count() : from_deter.panels;
+    worker.run((stop - skip) * items.chunks, [&](int64_t i) {
       const int64_t j = items.panel(i) + skip, c = from_deter.column(j);
       const Part own{deter, dw, n.deter};
       Target to{nullptr, 0, raw + c, u, from_deter.width(j)};
       if (from_deter.block(j) == 0) {
-        to = {a.token_part + t * u + c, n.time * u, a.post[0].at(0, t) + c, a.post[0].row,
+        const bool given = a.token_part != nullptr;
+        const float* init = given ? a.token_part + t * u : a.weights.post[0].bias;
+        to = {init + c, given ? n.time * u : 0, a.post[0].at(0, t) + c, a.post[0].row,
               from_deter.width(j)};
       }
       product(from_deter.panel(j), own, kNone, to, items.begin(i), items.end(i));
@@ -223,6 +254,8 @@ struct Forward {
     float* mass = e + b * z;
     exponentials(logits, n.groups, n.classes, mass);
     const int64_t at = (b * n.time + t) * n.groups;
+    float* hot = a.one_hot.data == nullptr ? nullptr : a.one_hot.at(b, t);
+    for (int64_t i = 0; hot != nullptr && i < z; ++i) hot[i] = 0.0f;
     for (int64_t s = 0; s < n.groups; ++s, mass += n.classes, logits += n.classes) {
       const int64_t chosen = a.noise == nullptr
                                  ? largest(logits, n.classes)
@@ -230,21 +263,21 @@ struct Forward {
       index[b * n.groups + s] = (int32_t)chosen;
       if (a.index8 != nullptr) a.index8[at + s] = (uint8_t)chosen;
       if (a.index64 != nullptr) a.index64[at + s] = chosen;
+      if (hot != nullptr) hot[s * n.classes + chosen] = 1.0f;
     }
   }
 
   void run() {
-    pack_weights();
     worker.run(n.batch, [&](int64_t b) {
-      const float* start = a.deter + b * n.deter;
+      const float* start = a.deter + b * a.deter_row;
       for (int64_t i = 0; i < n.deter; ++i) deter[b * dw + i] = start[i];
     });
-    read_deter(0, false);
+    read_deter(0, false, true);
     worker.run(n.batch, [&](int64_t b) { prepare(b, 0); });
     for (int64_t t = 0; t < n.time; ++t) {
       hidden_layers(t);
       gates(t);
-      read_deter(t, true);
+      read_deter(t, true, t + 1 < n.time);
       posterior(t);
       worker.run(n.batch, [&](int64_t b) {
         sample(b, t);
@@ -256,7 +289,51 @@ struct Forward {
 
 }  // namespace
 
-void rssm_scan(const RssmScan& a, Worker worker) { Forward(a, worker).run(); }
+void rssm_pack(const RssmScan& a, Worker worker) { Forward(a, worker).pack_weights(); }
+
+void rssm_scan(const RssmScan& a, Worker worker) {
+  Forward forward(a, worker);
+  forward.pack_weights();
+  forward.run();
+}
+
+// The rows [first, first + rows) of `a`, with one worker's memory.
+FWM_INLINE RssmScan rows_of(const RssmScan& a, int64_t first, int64_t rows, float* workspace) {
+  RssmScan part = a;
+  part.size.batch = rows;
+  part.deter += first * a.deter_row;
+  part.stoch += first * a.stoch_row;
+  part.action += first * a.size.actions;
+  if (a.noise != nullptr) part.noise += first * a.size.groups;
+  part.out_deter.data += first * a.out_deter.row;
+  part.one_hot.data += first * a.one_hot.row;
+  part.workspace = workspace;
+  return part;
+}
+
+void rssm_step(const RssmScan& a, Worker worker) {
+  Team alone(1, 0);
+  Worker self(alone, 0);
+  const RssmSizes& n = a.size;
+  worker.run(ceil_div(n.batch, kRssmGroup), [&](int64_t i) {
+    const int64_t first = i * kRssmGroup, left = n.batch - first;
+    float* memory = a.workspace + worker.id() * a.workspace_step;
+    RssmScan part = rows_of(a, first, left < kRssmGroup ? left : kRssmGroup, memory);
+    // Pre-activations live behind the workspace of the scan.
+    float* next = memory + a.scratch;
+    auto view = [&](int64_t width) {
+      const RssmView piece{next, width, 0};
+      next += kRssmGroup * width;
+      return piece;
+    };
+    part.logits = view(n.stoch());
+    part.inner = view(3 * n.units);
+    part.gates = view(3 * n.deter);
+    for (int64_t k = 0; k < n.hidden_layers; ++k) part.hidden[k] = view(n.deter);
+    for (int64_t k = 0; k < n.post_layers; ++k) part.post[k] = view(n.units);
+    Forward(part, self).run();
+  });
+}
 
 }  // namespace fastwm::FWM_ISA
 #endif

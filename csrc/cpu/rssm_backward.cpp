@@ -14,15 +14,15 @@ void rssm_scan_backward(const RssmScanGrad& a, Worker worker) {
   FWM_CALL(rssm_scan_backward)(a, worker);
 }
 
-int64_t rssm_packed_floats(int64_t blocks, int64_t out, int64_t depth);
+int64_t rssm_panels(int64_t blocks, int64_t out, int64_t depth);  // rssm.cpp
 
 int64_t rssm_scan_grad_workspace(const RssmSizes& n) {
   const int64_t d = n.block(), u = n.units, z = n.stoch();
-  return n.hidden_layers * rssm_packed_floats(n.blocks, d, d) +
-         rssm_packed_floats(n.blocks, d, 3 * d) + rssm_packed_floats(1, 2 * u, n.deter) +
-         rssm_packed_floats(n.blocks, d, 2 * u) +
-         (n.post_layers - 1) * rssm_packed_floats(1, u, u) + rssm_packed_floats(1, u, z) +
-         rssm_packed_floats(1, z, u) + n.batch * (n.deter + 5 * u + 2 * z) + 256;
+  return n.hidden_layers * rssm_panels(n.blocks, d, d) +
+         rssm_panels(n.blocks, d, 3 * d) + rssm_panels(1, 2 * u, n.deter) +
+         rssm_panels(n.blocks, d, 2 * u) +
+         (n.post_layers - 1) * rssm_panels(1, u, u) + rssm_panels(1, u, z) +
+         rssm_panels(1, z, u) + n.batch * (n.deter + 5 * u + 2 * z) + 256;
 }
 
 }  // namespace fastwm

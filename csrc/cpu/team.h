@@ -37,6 +37,7 @@ class Worker {
   Worker(Team& team, int id) : team_(team), id_(id) {}
 
   int size() const { return team_.size_; }
+  int id() const { return id_; }
 
   template <class F>
   inline __attribute__((always_inline)) void run(int64_t count, const F& item) {

@@ -1,16 +1,18 @@
 """Single steps of the RSSM without gradient: the rollout of imagination, and acting.
 
-For a rollout the weights are regrouped once: the three branches that all blocks share become one
-product instead of a concatenation per block, and products go to the library in the dtype that
-autocast asks for (bfloat16 pays where the CPU has AMX). A single step reads every weight once
-anyway, so it takes them as they are. Everything but the products is float32.
+A rollout in float32 on the CPU packs the weights once and takes groups of rows through a whole step
+while they are in cache (csrc/cpu/rssm.cpp). Elsewhere the weights are regrouped once: the three
+branches that all blocks share become one product instead of a concatenation per block, and products
+go to the library in the dtype that autocast asks for (bfloat16 pays where the CPU has AMX). A
+single step reads every weight once anyway, so it takes them as they are. Everything but the
+products is float32.
 """
 
 import torch
 from torch import Tensor
 
 from fastwm.ops._backend import available, raw, register_fake
-from fastwm.ops._rssm_sequence import gru_gates
+from fastwm.ops._rssm_sequence import flatten, gru_gates
 from fastwm.ops.latent import latent_sample, straight_through
 from fastwm.ops.norm import rms_silu
 
@@ -123,23 +125,79 @@ def observe_one(weights, deter, stoch, tokens, prev_action, is_first, noise, uni
     return deter.unsqueeze(1), logits.unsqueeze(1), stoch.unsqueeze(1)
 
 
+class LibraryRollout:
+    """Steps through trajectories (N, I+1, …) with the library's products."""
+
+    def __init__(self, weights, deters: Tensor, stochs: Tensor, unimix: float):
+        self.stepper = Stepper(weights, "prior", rollout=True)
+        self.deters, self.stochs, self.unimix = deters, stochs, unimix
+
+    def step(self, t: int, action: Tensor, noise: Tensor | None) -> None:
+        """Writes state t + 1 from state t."""
+        stoch = self.stochs[:, t]
+        deter = self.stepper.core(self.deters[:, t], stoch.flatten(1), action)
+        logits = self.stepper.logits(deter, stoch.shape[1])
+        self.deters[:, t + 1] = deter
+        self.stochs[:, t + 1] = sample(logits, noise, self.unimix)
+
+
+class FusedRollout:
+    """The same by the compiled step: a group of rows goes through all layers in cache."""
+
+    def __init__(self, weights, deters: Tensor, stochs: Tensor, unimix: float):
+        heads = weights._replace(post=weights.prior, post_logit=weights.prior_logit)
+        self.weights, self.hidden = [x.detach() for x in flatten(heads)], len(weights.hidden)
+        self.packed = raw.rssm_pack(self.weights, self.hidden, stochs.shape[2])
+        self.deters, self.stochs, self.unimix = deters, stochs, unimix
+
+    def step(self, t: int, action: Tensor, noise: Tensor | None) -> None:
+        raw.rssm_step_(self.packed, self.weights, self.hidden, self.deters, self.stochs, action,
+                       noise, t, self.unimix)  # fmt: skip
+
+
+def _rollout(weights, *args):
+    """The compiled step, unless autocast asks for low precision."""
+    like = weights.deter_in[0]
+    fused = available(like) and like.dtype == torch.float32 and _product_dtype(like) is None
+    return (FusedRollout if fused else LibraryRollout)(weights, *args)
+
+
 def imagine(weights, deter, stoch, policy, length, noise, unimix):
     """`rssm_imagine` on checked inputs."""
-    stepper = Stepper(weights, "prior", rollout=True)
     count, groups, classes = stoch.shape
-    action = policy(deter, stoch)
     deters = deter.new_empty(count, length + 1, deter.shape[1])
     stochs = deter.new_empty(count, length + 1, groups, classes)
+    deters[:, 0], stochs[:, 0] = deter, stoch
+    action = policy(deter, stoch)
     actions = action.new_empty(count, length + 1, action.shape[1])
-    deters[:, 0], stochs[:, 0], actions[:, 0] = deter, stoch, action
+    actions[:, 0] = action
+    rollout = _rollout(weights, deters, stochs, unimix)
     for t in range(length):
         with torch.autocast(deter.device.type, enabled=False):
-            deter = stepper.core(deter, stoch.flatten(1), action.to(deter.dtype))
-            logits = stepper.logits(deter, groups)
-            stoch = sample(logits, None if noise is None else noise[t], unimix)
-        action = policy(deter, stoch)
-        deters[:, t + 1], stochs[:, t + 1], actions[:, t + 1] = deter, stoch, action
+            rollout.step(t, action.to(deter.dtype), None if noise is None else noise[t])
+        action = policy(deters[:, t + 1], stochs[:, t + 1])
+        actions[:, t + 1] = action
     return deters, stochs, actions
+
+
+@register_fake("rssm_pack")
+def _(weights, hidden, groups):
+    (units, deter), (blocks, block) = weights[0].shape, weights[9 + 3 * hidden].shape[:2]
+    width, actions = weights[3].shape[1], weights[6].shape[1]
+    post = (len(weights) - 13 - 3 * hidden) // 3
+
+    def panels(count, out, depth):
+        return count * ((out + 31) // 32 * 32) * depth + 16
+
+    size = panels(blocks, block, block + 3 * units) + (hidden - 1) * panels(blocks, block, block)
+    size += panels(3 * blocks, block, block) + panels(2, units, deter)
+    size += (post - 1) * panels(1, units, units) + panels(1, width, units)
+    return weights[0].new_empty(size + (width + actions) * units + 64)
+
+
+@register_fake("rssm_step_")
+def _(packed, weights, hidden, deters, stochs, action, noise, t, unimix):
+    return None
 
 
 @register_fake("gru_gates")
