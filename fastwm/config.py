@@ -14,7 +14,16 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from fastwm.settings import ConfigError, coerce, literal, toml, type_name, unknown, write_toml
+from fastwm.settings import (
+    ConfigError,
+    coerce,
+    literal,
+    split,
+    toml,
+    type_name,
+    unknown,
+    write_toml,
+)
 
 
 def _key(
@@ -70,7 +79,7 @@ class Decoder:
     layers: int = _key(3, "dense layers for vector observations", 1, fixed=True)
     units: int = _key(1024, "width of the dense layers", 1, fixed=True)
     kernel: int = _key(5, "convolution kernel, pixels", 1, fixed=True)
-    bspace: int = _key(8, "blocks of the linear map from deter to the first image", 0, fixed=True)
+    bspace: int = _key(8, "blocks of the linear map from deter to the first image", 1, fixed=True)
     outscale: float = _key(1.0, "scale of the last layer's initial weights", 0)
 
 
@@ -156,7 +165,7 @@ class Optim:
     nesterov: bool = _key(False, "look-ahead momentum")
     warmup: int = _key(1000, "updates over which the learning rate rises from 0", 0)
     schedule: Literal["const", "linear", "cosine"] = _key("const", "after the warm-up")
-    anneal: int = _key(0, "updates until the schedule reaches 0; 0 with schedule const", 0)
+    anneal: int = _key(0, "updates until the schedule reaches a tenth of lr; const: 0", 0)
 
 
 @dataclass(frozen=True)
@@ -240,7 +249,7 @@ def load(argv: Sequence[str]) -> tuple[Any, dict[str, str]]:
     Returns: (config, origins): a frozen dataclass, and where each dotted key's value came from.
     Raises:  ConfigError with key, value, expected type and origin. SystemExit(0) after --help.
     """
-    names, overrides, wanted = _split(argv)
+    names, overrides, wanted = split(argv)
     stored = Path(overrides.get("logdir", "")) / "config.toml"
     if not names and "logdir" in overrides and stored.is_file():  # go on with what that run is
         names = [str(stored)]
@@ -322,33 +331,6 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected TOML, got {error}") from None
-
-
-def _split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], str | None]:
-    """Names, overrides, and the filter of --help or None."""
-    names: list[str] = []
-    overrides: dict[str, str] = {}
-    wanted: str | None = None
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help"):
-            wanted = words.pop(0) if words and not words[0].startswith("--") else ""
-        elif word == "--configs":
-            while words and not words[0].startswith("--"):
-                names.append(words.pop(0))
-        elif word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            if not equals:
-                if not words or words[0].startswith("--"):
-                    raise ConfigError(f"{key}: expected a value after --{key}, got none")
-                value = words.pop(0)
-            overrides[key] = value
-        elif word.startswith("-"):
-            raise ConfigError(f"command line: expected --key value, got {word!r}")
-        else:
-            names.append(word)
-    return names, overrides, wanted
 
 
 def _algorithm(names: list[str]) -> tuple[str, list[str]]:
@@ -463,8 +445,22 @@ def _check(config: Any, origins: Mapping[str, str]) -> None:
         refuse("retnorm.low", f"less than retnorm.high = {config.retnorm.high}")
     if config.actor.min_std > config.actor.max_std:
         refuse("actor.min_std", f"at most actor.max_std = {config.actor.max_std}")
-    if config.optim.schedule != "const" and config.optim.anneal <= 0:
-        refuse("optim.anneal", f"updates for schedule {config.optim.schedule!r}")
+    if config.optim.schedule != "const" and config.optim.anneal <= config.optim.warmup:
+        refuse("optim.anneal", f"more than optim.warmup = {config.optim.warmup} updates")
+    for key, beta in (("optim.beta1", config.optim.beta1), ("optim.beta2", config.optim.beta2)):
+        if beta == 1.0:
+            refuse(key, "less than 1: the moments are divided by 1 - beta^updates")
+    if config.discount_horizon == 1.0:
+        refuse("discount_horizon", "more than 1 step: the discount would be 0")
+    if config.batch_length < 2:
+        refuse("batch_length", "at least 2 rows: the value loss needs a row after the first")
+    if config.imag_last == 1:
+        refuse("imag_last", "0 or at least 2 rows: the value loss needs a row after the first")
+    if config.encoder.kernel % 2 == 0:
+        refuse("encoder.kernel", "an odd number")
+    if config.decoder.depth * config.decoder.mults[-1] % config.decoder.bspace:
+        channels = config.decoder.depth * config.decoder.mults[-1]
+        refuse("decoder.bspace", f"a divisor of decoder.depth * decoder.mults[-1] = {channels}")
     if config.replay.capacity < config.envs * (config.batch_length + 1):
         refuse(
             "replay.capacity",

@@ -17,6 +17,33 @@ class ConfigError(ValueError):
     """A setting is unknown, of the wrong type, out of range, or does not fit another one."""
 
 
+def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], str | None]:
+    """A command line as names, overrides by key, and the filter of --help or None."""
+    names: list[str] = []
+    overrides: dict[str, str] = {}
+    wanted: str | None = None
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            wanted = words.pop(0) if words and not words[0].startswith("--") else ""
+        elif word == "--configs":
+            while words and not words[0].startswith("--"):
+                names.append(words.pop(0))
+        elif word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            if not equals:
+                if not words or words[0].startswith("--"):
+                    raise ConfigError(f"{key}: expected a value after --{key}, got none")
+                value = words.pop(0)
+            overrides[key] = value
+        elif word.startswith("-"):
+            raise ConfigError(f"command line: expected --key value, got {word!r}")
+        else:
+            names.append(word)
+    return names, overrides, wanted
+
+
 def coerce(key: str, value: Any, hint: Any, item: Any, origin: str) -> Any:
     """The value as the type that the key wants."""
     try:
