@@ -101,6 +101,11 @@ class LoadedPolicy:
                     f"policy: expected obs[{key!r}] of shape (N, *{space.shape}), "
                     f"got {tuple(tensors[key].shape)}"
                 )
+            if space.kind == "image" and tensors[key].dtype != torch.uint8:
+                raise TypeError(
+                    f"policy: expected obs[{key!r}] as uint8 from 0 to 255, "
+                    f"got {tensors[key].dtype}"
+                )
         count = len(next(iter(tensors.values())))
         if is_first is None:
             is_first = torch.full((count,), state is None)
@@ -127,12 +132,23 @@ def load_policy(
     """Load a policy for acting; needs torch and nothing else.
 
     path: a policy file, or a run folder (then its `checkpoint/policy.pt`).
-    Raises FileNotFoundError, or ValueError if the file holds something else.
+    Raises FileNotFoundError, or ValueError if the file is damaged or holds something else.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "checkpoint" / "policy.pt"
-    data = torch.load(path, map_location=device, weights_only=True)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"load_policy: expected a policy file or a run folder with checkpoint/policy.pt, got "
+            f"{path}; a run writes it with its first checkpoint"
+        )
+    try:
+        data = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch reports damage as any of a dozen types
+        raise ValueError(
+            f"load_policy: expected a policy file ({FORMAT}), got {path} cut off or damaged "
+            f"({path.stat().st_size} bytes: {type(error).__name__}); write it again"
+        ) from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(
             f"load_policy: expected a policy file ({FORMAT}), got something else in {path}; "
