@@ -166,7 +166,7 @@ def _algorithm_of(folder: Path) -> tuple[str, list[Path]]:
     return str(tomllib.loads(path.read_text())["algorithm"]), [path]
 
 
-def announce(run: OnlineRun, origins: dict[str, str] | None = None) -> None:
+def announce(run: OnlineRun) -> None:
     """What a person wants to know before waiting for hours."""
     config, agent, say = run.config, run.agent, run.logger.say
     threads = f", {torch.get_num_threads()} threads" if agent.device.type == "cpu" else ""
@@ -176,7 +176,7 @@ def announce(run: OnlineRun, origins: dict[str, str] | None = None) -> None:
         f"{ {k: s.shape for k, s in agent.obs_space.items()} }, actions "
         f"{agent.act_space.kind} {agent.act_space.classes or agent.act_space.shape}"
     )
-    say(f"device   {agent.device}{threads}, precision {config.precision}")
+    say(f"device   {agent.device}{threads}")
     say("kernels  " + ", ".join(f"{k} {v}" for k, v in ops.backend_info().items()))
     if run.replay is None:
         return
@@ -184,7 +184,7 @@ def announce(run: OnlineRun, origins: dict[str, str] | None = None) -> None:
     say(
         f"network  {counts['total']:,} parameters ("
         + ", ".join(f"{k} {v:,}" for k, v in counts.items() if k != "total")
-        + ")"
+        + f"), precision {agent.precision}"
     )
     say(run.replay.announce())
     per_step = config.train_ratio / (config.batch_size * config.batch_length)

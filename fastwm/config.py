@@ -88,7 +88,7 @@ class RSSM:
     deter: int = _key(8192, "size D of the deterministic state", 1, fixed=True)
     hidden: int = _key(1024, "width U of the layers around it", 1, fixed=True)
     stoch: int = _key(32, "categorical groups S of the stochastic state", 1, fixed=True)
-    classes: int = _key(64, "classes K per group", 2, 256, fixed=True)
+    classes: int = _key(64, "classes K per group", 2, fixed=True)
     blocks: int = _key(8, "blocks G of the block-diagonal GRU; they divide deter", 1, fixed=True)
     dynlayers: int = _key(1, "hidden layers before the GRU", 1, fixed=True)
     obslayers: int = _key(1, "layers of the posterior", 1, fixed=True)

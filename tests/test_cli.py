@@ -45,7 +45,7 @@ def test_train_says_what_a_person_wants_to_know(tmp_path, capsys):
         str(tmp_path / "run"),
         "cartpole: 4 envs",
         "cpu, 1 threads",
-        "precision",
+        "precision fp32",
         "backend",
         "parameters",
         "replay:",

@@ -60,7 +60,7 @@ def random_batch(agent: DreamerAgent, rows: int = 3, length: int = 6) -> dict[st
         batch[key] = torch.zeros(lead, dtype=torch.bool)
     batch["is_first"][1, 2] = batch["is_last"][1, 1] = batch["is_terminal"][1, 1] = True
     batch["deter"] = torch.randn(rows, rssm.deter).to(torch.bfloat16)
-    batch["stoch"] = torch.randint(0, rssm.classes, (rows, rssm.stoch), dtype=torch.uint8)
+    batch["stoch"] = torch.randint(0, rssm.classes, (rows, rssm.stoch), dtype=agent.index_dtype)
     return batch
 
 
@@ -256,6 +256,45 @@ def test_policy_refuses_wrong_observations(tmp_path):
         policy({"vector": np.zeros((1, 23))})
 
 
+def test_policy_refuses_images_that_are_no_bytes(tmp_path):
+    tiny_agent(IMAGE).save_policy(tmp_path / "policy.pt")
+    policy = load_policy(tmp_path / "policy.pt")
+    with pytest.raises(
+        TypeError, match=r"obs\['image'\] as uint8 from 0 to 255, got torch.float32"
+    ):
+        policy({"image": np.zeros((1, 64, 64, 3), np.float32)})
+
+
+def test_a_damaged_policy_is_one_clear_error(tmp_path):
+    path = tmp_path / "policy.pt"
+    tiny_agent().save_policy(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cut off or damaged .1000 bytes"):
+        load_policy(path)
+    torch.save({"weights": {}}, path)
+    with pytest.raises(ValueError, match="got something else"):
+        load_policy(path)
+    with pytest.raises(FileNotFoundError, match="run folder with checkpoint/policy.pt"):
+        load_policy(tmp_path)
+
+
+def test_more_classes_than_a_byte_holds():
+    agent = tiny_agent(**{"rssm.classes": 300})
+    assert agent.replay_spec()["stoch"] == ((4,), "int32")
+    state = agent.initial_state(2)
+    rows = {"vector": np.zeros((2, 24), np.float32), "is_first": np.ones(2, bool)}
+    for _ in range(20):  # until a class beyond 255 is drawn
+        _, state, latents = agent.act(rows, state)
+        assert torch.equal(latents["stoch"].long(), state["stoch"].argmax(-1))
+        if latents["stoch"].max() > 255:
+            break
+    else:
+        pytest.fail("no class beyond 255 was drawn")
+    batch = random_batch(agent)
+    metrics, latents = agent.update(batch)
+    assert bool(metrics["opt/finite"]) and latents["stoch"].dtype == torch.int32
+
+
 def test_open_loop_video(tmp_path):
     agent = tiny_agent(IMAGE | PROPRIO)
     videos = agent.report(random_batch(agent, rows=2, length=5))
@@ -270,13 +309,18 @@ def test_image_of_unusable_size_is_refused():
 
 
 def test_bf16_loss_is_close_to_fp32():
-    totals = []
+    totals, actors = [], []
     for precision in ("fp32", "bf16"):
         agent = tiny_agent(precision=precision)
         torch.manual_seed(0)
         batch = random_batch(agent)
-        totals.append(agent.losses(batch, agent.draw_noise(3, 6)).total.item())
+        total = agent.losses(batch, agent.draw_noise(3, 6)).total
+        totals.append(total.item())
+        total.backward()
+        # Acting without gradient first must not leave a cast copy of the weights in the way.
+        actors.append(agent.model.actor.mlp[0].weight.grad.norm().item())
     assert totals[1] == pytest.approx(totals[0], rel=0.02)
+    assert actors[1] == pytest.approx(actors[0], rel=0.1)
 
 
 def test_value_at_initialisation_is_exactly_zero():

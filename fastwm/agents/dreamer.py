@@ -99,6 +99,8 @@ class DreamerAgent:
         self.policy = RecurrentPolicy(
             self.model.world.encoder, self.model.world.rssm, self.model.actor
         )
+        # Class indices travel in the smallest type that holds them.
+        self.index_dtype = torch.uint8 if config.rssm.classes <= 256 else torch.int32
         self.updates = 0
         self.loss_terms: dict[str, Tensor] = {}
 
@@ -126,20 +128,24 @@ class DreamerAgent:
         spec = {key: (space.shape, space.dtype) for key, space in spaces.items()}
         spec |= {key: ((), "bool") for key in ("is_first", "is_last", "is_terminal")}
         rssm = self.model.world.rssm
-        stoch_dtype = "uint8" if rssm.classes <= 256 else "int32"
+        index = str(self.index_dtype).removeprefix("torch.")
         return spec | {
             "reward": ((), "float32"),
             "deter": ((rssm.deter,), "bfloat16"),
-            "stoch": ((rssm.stoch,), stoch_dtype),
+            "stoch": ((rssm.stoch,), index),
         }
 
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or fp16: what "auto" stands for on this device."""
+        if self.config.precision != "auto":
+            return self.config.precision
+        return "bf16" if self.device.type == "cuda" else "fp32"
+
     def autocast(self):
-        precision = self.config.precision
-        if precision == "auto":
-            precision = "bf16" if self.device.type == "cuda" else "fp32"
-        if precision == "fp32":
+        if self.precision == "fp32":
             return nullcontext()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         return torch.autocast(self.device.type, dtype)
 
     # Acting
@@ -167,7 +173,7 @@ class DreamerAgent:
             action, state = self.policy.step(obs, state, is_first, mode, source)
         latents = {
             "deter": state["deter"].to(torch.bfloat16).cpu(),
-            "stoch": state["stoch"].argmax(-1).to(torch.uint8).cpu(),
+            "stoch": state["stoch"].argmax(-1).to(self.index_dtype).cpu(),
         }
         return action.cpu().numpy(), state, latents
 
@@ -322,7 +328,7 @@ class DreamerAgent:
         metrics |= {"opt/finite": finite, "opt/updates": self.optimizer.step_count.clone()}
         latents = {
             "deter": out.post.deter.detach().to(torch.bfloat16),
-            "stoch": out.post.stoch.detach().argmax(-1).to(torch.uint8),
+            "stoch": out.post.stoch.detach().argmax(-1).to(self.index_dtype),
         }
         return metrics, latents
 
