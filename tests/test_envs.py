@@ -340,6 +340,11 @@ def test_factories_of_vector_environments():
         assert not check(env, 30).errors and env.seed == 9
     with pytest.raises(envs.EnvError, match="VecEnv or a gymnasium.vector.VectorEnv, got int"):
         envs.make(f"{__name__}:nothing", 3)
+    for options in ({"action_repeat": 2}, {"bounds": (0, 1)}):  # never ignored in silence
+        with pytest.raises(envs.EnvOptionError, match=f"got .'{next(iter(options))}'.; let native"):
+            envs.make(f"{__name__}:native", 3, **options)
+    with pytest.raises(envs.EnvOptionError, match="got .'action_repeat'.; let vectorized"):
+        envs.make(f"{__name__}:vectorized", 3, mode="SameStep", action_repeat=2)
 
 
 def test_parallel_processes_give_the_same_rows():

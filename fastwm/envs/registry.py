@@ -160,15 +160,23 @@ def _factory(
         settings = {**settings, "seed": seed}
     _check_settings(task, function, {**settings, "num_envs": num_envs})
     made = function(num_envs=num_envs, **settings)
-    if isinstance(made, VecEnv):
-        made.task, made.seed = task, seed
-        return made
-    if hasattr(made, "single_action_space"):
+    vector = hasattr(made, "single_action_space")
+    if not vector and not isinstance(made, VecEnv):
+        raise EnvError(
+            f"{task}: expected a factory with num_envs to return a fastwm VecEnv or a "
+            f"gymnasium.vector.VectorEnv, got {type(made).__name__}"
+        )
+    unused = sorted(set(ours) - ({"bounds"} if vector else set()))
+    if unused:
+        made.close()
+        raise EnvOptionError(
+            f"{task}: expected options that a factory with num_envs leaves to fastwm, got "
+            f"{unused}; let {function.__name__} do that itself"
+        )
+    if vector:
         return GymVectorEnv(made, seed, task=task, obs=obs, bounds=ours.get("bounds"))
-    raise EnvError(
-        f"{task}: expected a factory with num_envs to return a fastwm VecEnv or a "
-        f"gymnasium.vector.VectorEnv, got {type(made).__name__}"
-    )
+    made.task, made.seed = task, seed
+    return made
 
 
 def _check_settings(task: str, function: Callable, settings: dict) -> None:
