@@ -97,12 +97,15 @@ def test_boxes_become_float32_vectors(dtype, shape):
     assert not np.shares_memory(out, x) and (out == 1).all()
 
 
-def test_discrete_observations_become_onehots():
+def test_discrete_observations_count_from_zero():
     convert = ObsMap("task", Discrete(3, start=5), ObsOptions())
-    assert convert.batch(np.array([5, 7]))["vector"].tolist() == [[1, 0, 0], [0, 0, 1]]
+    assert convert.space == {"vector": Space("discrete", (), (3,))}
+    out = convert.batch(np.array([5, 7]))["vector"]
+    assert out.tolist() == [0, 2] and out.dtype == np.int32
     convert = ObsMap("task", MultiDiscrete([[2, 3]], start=[[0, 1]]), ObsOptions())
+    assert convert.space == {"vector": Space("discrete", (1, 2), (2, 3))}
     out = convert.batch(np.array([[[1, 1]], [[0, 3]]]))["vector"]
-    assert out.tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]]
+    assert out.tolist() == [[[1, 0]], [[0, 2]]]
     convert = ObsMap("task", MultiBinary((2, 2)), ObsOptions())
     assert convert.space == {"vector": Space("vector", (2, 2))}
 

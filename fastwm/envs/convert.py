@@ -17,7 +17,7 @@ from fastwm.spaces import Space
 
 MIN_SIDE = 16  # px; a smaller uint8 grid is data (a board, a MiniGrid view), not a picture
 MAX_CHANNELS = 16
-MAX_CLASSES = 4096  # widest one-hot observation
+MAX_CLASSES = 4096  # widest one-hot that a network reads
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,8 @@ def _obs_leaf(who: str, leaf: Any, options: ObsOptions) -> tuple[Space, Callable
                 f"{sum(classes)}; convert it in a gymnasium.ObservationWrapper, or leave it out "
                 "with the option `ignore`"
             )
-        return Space("vector", (sum(classes),)), _to_onehot(classes, start), True
+        shape = () if kind == "Discrete" else tuple(leaf.nvec.shape)
+        return Space("discrete", shape, classes), _to_index(shape, start), True
     raise EnvSpaceError(
         f"{who}: expected Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple, got "
         f"{type(leaf).__name__}; leave it out with the option `ignore`, or convert it in a "
@@ -198,13 +199,12 @@ def _classes(leaf: Any) -> tuple[tuple[int, ...], np.ndarray]:
     return tuple(int(n) for n in counts), start.astype(np.int64)
 
 
-def _to_onehot(classes: tuple[int, ...], start: np.ndarray) -> Callable:
-    """Discrete observations become 0/1 vectors, so that every network takes them."""
-    owner = np.repeat(np.arange(len(classes)), classes)  # which element a column belongs to
-    value = np.concatenate([np.arange(n) for n in classes]) + start[owner]
+def _to_index(shape: tuple[int, ...], start: np.ndarray) -> Callable:
+    """Classes counted from 0."""
+    start = start.reshape(shape)
 
     def convert(x: np.ndarray) -> np.ndarray:
-        return (np.asarray(x).reshape(len(x), -1)[:, owner] == value).astype(np.float32)
+        return (np.asarray(x).reshape(len(x), *shape) - start).astype(np.int32)
 
     return convert
 
