@@ -1,0 +1,27 @@
+"""Two-hot loss and mean: the value head on an imagined batch, on a replayed one."""
+
+import pytest
+import torch
+
+from fastwm import ops
+
+ROWS = [1024, 16384]
+V = 255
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("targets", [1, 2])
+def test_twohot_loss(time_op, rows, targets):
+    logits, bins = torch.randn(rows, V), ops.symexp_bins(V)
+    goals = [10 * torch.randn(rows) for _ in range(targets)]
+    args = (logits, goals if targets == 2 else goals[0], bins)
+    array = 4 * rows * V
+    time_op(f"twohot_loss N{rows} V{V} targets{targets}", ops.twohot_loss, ops.twohot_loss_ref,
+            args, [logits], (array, 2 * array))  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=lambda n: f"N{n}")
+def test_twohot_mean(time_op, rows):
+    logits, array = torch.randn(rows, V), 4 * rows * V
+    time_op(f"twohot_mean N{rows} V{V}", ops.twohot_mean, ops.twohot_mean_ref,
+            (logits, ops.symexp_bins(V)), [logits], (array, 2 * array))  # fmt: skip
