@@ -1,4 +1,4 @@
-"""The optimizer of DreamerV3: LaProp with adaptive gradient clipping and warm-up."""
+"""The optimizer of DreamerV3: LaProp with adaptive clipping and warm-up, and loss scaling."""
 
 from __future__ import annotations
 
@@ -70,14 +70,15 @@ class LaProp:
         return lr
 
     @torch.no_grad()
-    def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, loss: Tensor, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
         """Apply the gradients in `.grad`.
 
         loss: 0-d; a non-finite loss skips the update even where its gradients are finite.
+        scale: what the loss was multiplied with before the backward pass (see LossScale).
         Returns (grad_norm 0-d float32, finite 0-d bool).
         """
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        scale = torch.where(torch.isfinite(loss), 1.0, float("nan"))
+        scale = torch.where(torch.isfinite(loss), scale, float("nan"))
         return ops.laprop_agc_(
             list(self.params),
             grads,
@@ -111,3 +112,39 @@ class LaProp:
                 )
             for name, tensor in zip(self.names, own, strict=True):
                 tensor.copy_(state[slot][name])
+
+
+class LossScale:
+    """What a float16 loss is multiplied with, so that small gradients do not round to zero.
+
+    Doubles after `patience` updates without overflow, halves after one, within LIMITS. Lives on the
+    device: no host sync.
+    """
+
+    LIMITS = (1e-4, 1e5)
+
+    def __init__(self, device: torch.device, initial: float = 1e4, patience: int = 1000) -> None:
+        self.patience = patience
+        self.value = torch.full((), initial, device=device)
+        self.good = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def follow(self, finite: Tensor) -> None:  # () bool
+        """Note whether the gradients of an update were finite."""
+        good = torch.where(finite, self.good + 1.0, 0.0)
+        grown = good >= self.patience
+        factor = torch.where(finite, torch.where(grown, 2.0, 1.0), 0.5)
+        self.value.mul_(factor).clamp_(*self.LIMITS)
+        self.good.copy_(torch.where(grown, 0.0, good))
+
+    def can_shrink(self) -> Tensor:  # () bool
+        """Whether an overflow may be the fault of the scale."""
+        return self.value > self.LIMITS[0]
+
+    def state_dict(self) -> dict:
+        return {"value": self.value.clone(), "good": self.good.clone()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        self.value.copy_(state["value"])
+        self.good.copy_(state["good"])

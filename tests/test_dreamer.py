@@ -11,6 +11,7 @@ import torch
 from fastwm import config as configs
 from fastwm.agents.dreamer import DreamerAgent, DreamerModel
 from fastwm.agents.policy import load_policy
+from fastwm.optim import LossScale
 from fastwm.spaces import Space
 
 IMAGE, PROPRIO = {"image": Space("image", (64, 64, 3))}, {"vector": Space("vector", (24,))}
@@ -321,6 +322,44 @@ def test_bf16_loss_is_close_to_fp32():
         actors.append(agent.model.actor.mlp[0].weight.grad.norm().item())
     assert totals[1] == pytest.approx(totals[0], rel=0.02)
     assert actors[1] == pytest.approx(actors[0], rel=0.1)
+
+
+def test_fp16_scales_the_loss_and_survives_overflows():
+    plain, agent = (tiny_agent(precision=precision) for precision in ("fp32", "fp16"))
+    torch.manual_seed(0)
+    batch = random_batch(agent)
+    for _ in range(20):  # the first ones may overflow
+        agent.generator.manual_seed(5)
+        metrics, _ = agent.update(batch)
+        assert bool(metrics["opt/finite"])
+    assert 0 < float(metrics["opt/updates"]) <= 20
+    plain.load_state_dict(agent.state_dict())
+    for each in (plain, agent):
+        each.generator.manual_seed(5)
+    norms = [float(each.update(batch)[0]["opt/grad_norm"]) for each in (plain, agent)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.05)  # the scale is divided out again
+    updates = float(agent.optimizer.step_count)
+    agent.loss_scale.LIMITS = (1e-4, 1e38)
+    agent.loss_scale.value.fill_(1e38)  # overflows for sure
+    before = [p.clone() for _, p in agent.trainable()]
+    metrics, _ = agent.update(batch)
+    assert bool(metrics["opt/finite"]) and float(metrics["opt/updates"]) == updates
+    assert all(torch.equal(a, p) for a, (_, p) in zip(before, agent.trainable(), strict=True))
+    assert float(agent.loss_scale.value) == pytest.approx(5e37)
+    batch["reward"][0, 0] = math.nan  # no scale cures this
+    assert not bool(agent.update(batch)[0]["opt/finite"])
+    other = tiny_agent(precision="fp16")
+    other.load_state_dict(agent.state_dict())
+    assert torch.equal(other.loss_scale.value, agent.loss_scale.value)
+
+
+def test_loss_scale_grows_with_patience():
+    scale = LossScale(torch.device("cpu"), initial=8.0, patience=2)
+    seen = []
+    for finite in (True, True, True, False, True, True):
+        scale.follow(torch.tensor(finite))
+        seen.append(float(scale.value))
+    assert seen == [8, 16, 16, 8, 8, 16]
 
 
 def test_value_at_initialisation_is_exactly_zero():

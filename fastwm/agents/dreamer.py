@@ -16,7 +16,7 @@ from fastwm.agents.policy import RecurrentPolicy, pack_policy
 from fastwm.agents.video import open_loop_video
 from fastwm.behavior import Actor, Critic, ReturnNorm, imag_loss, repl_loss
 from fastwm.config import DreamerConfig
-from fastwm.optim import LaProp
+from fastwm.optim import LaProp, LossScale
 from fastwm.rssm import feat
 from fastwm.spaces import Space
 from fastwm.worldmodels.dreamer import Posterior, WorldModel
@@ -96,6 +96,7 @@ class DreamerAgent:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.act_generator = torch.Generator(self.device).manual_seed(seed + 1)
         self.optimizer = LaProp(self.trainable(), **asdict(config.optim))
+        self.loss_scale = LossScale(self.device) if self.precision == "fp16" else None
         self.policy = RecurrentPolicy(
             self.model.world.encoder, self.model.world.rssm, self.model.actor
         )
@@ -316,21 +317,37 @@ class DreamerAgent:
         batch = self.to_device(batch)
         out = self.losses(batch, self.draw_noise(*batch["is_first"].shape))
         self.optimizer.zero_grad()
-        out.total.backward()
-        grad_norm, finite = self.optimizer.step(out.total.detach())
-        self.model.return_norm.commit(out.return_range, finite)
+        grad_norm, applied, finite = self.descend(out.total)
+        self.model.return_norm.commit(out.return_range, applied)
         self.updates += 1
-        self.model.critic.follow(self.updates, finite)
+        self.model.critic.follow(self.updates, applied)
         self.loss_terms = {name: term.detach() for name, term in out.terms.items()}
         metrics = {f"loss/{name}": term.mean() for name, term in self.loss_terms.items()}
         metrics |= out.metrics
         metrics |= {"opt/loss": out.total.detach(), "opt/grad_norm": grad_norm}
         metrics |= {"opt/finite": finite, "opt/updates": self.optimizer.step_count.clone()}
+        if self.loss_scale is not None:
+            metrics["opt/grad_scale"] = self.loss_scale.value.clone()
         latents = {
             "deter": out.post.deter.detach().to(torch.bfloat16),
             "stoch": out.post.stoch.detach().argmax(-1).to(self.index_dtype),
         }
         return metrics, latents
+
+    def descend(self, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Backward pass and optimizer step: gradient norm, whether it was applied, and whether
+        all is well. An overflow that a smaller loss scale can cure is well: it costs one update.
+        """
+        loss, scale = total.detach(), self.loss_scale
+        if scale is None:
+            total.backward()
+            grad_norm, applied = self.optimizer.step(loss)
+            return grad_norm, applied, applied
+        (total * scale.value).backward()
+        grad_norm, applied = self.optimizer.step(loss, scale.value)
+        finite = applied | (torch.isfinite(loss) & scale.can_shrink())
+        scale.follow(applied)
+        return grad_norm, applied, finite
 
     def first_nonfinite(self, batch: dict[str, Tensor]) -> str:
         """Name of the first bad tensor of the last update, in the order data flows."""
@@ -385,6 +402,7 @@ class DreamerAgent:
             "generator": self.generator.get_state(),
             "act_generator": self.act_generator.get_state(),
             "updates": self.updates,
+            "loss_scale": self.loss_scale and self.loss_scale.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -393,3 +411,5 @@ class DreamerAgent:
         self.generator.set_state(state["generator"].cpu())
         self.act_generator.set_state(state["act_generator"].cpu())
         self.updates = int(state["updates"])
+        if self.loss_scale is not None and state.get("loss_scale"):  # precision may change
+            self.loss_scale.load_state_dict(state["loss_scale"])
