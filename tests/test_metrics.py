@@ -28,7 +28,7 @@ def written(tmp_path_factory) -> set[str]:
     names: set[str] = set()
     for task in ("cartpole", "pendulum", "dummy_image"):
         run = tmp_path_factory.mktemp("metrics") / task
-        more = ["--eval.every", "0"] if task == "pendulum" else []
+        more = ["--eval.every", "0", "--precision", "fp16"] if task == "pendulum" else []
         assert train.main([*RUN, *more, "--task", task, "--logdir", str(run)]) == 0
         for line in (run / "metrics.jsonl").read_text().splitlines():
             names |= set(json.loads(line))
