@@ -8,6 +8,7 @@ import time
 import tomllib
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,11 +195,15 @@ def announce(run: OnlineRun) -> None:
     )
 
 
-def load_run(run: str, which: str) -> tuple[Any, Any, Path, list[str]]:
-    """Config, agent ready to act, the file it came from, and what was wrong with other files."""
+def load_run(run: str, which: str, device: str | None = None) -> tuple[Any, Any, Path, list[str]]:
+    """Config, agent ready to act, the file it came from, and what was wrong with other files.
+
+    device: in place of the one that the run is configured for.
+    """
     stored, path, troubles = checkpoint.load_any(run, which)
     try:
         config = settings.from_dict(tomllib.loads(stored["config"]))
+        config = replace(config, device=device or config.device)
         spaces = {key: Space.from_dict(space) for key, space in stored["obs_space"].items()}
         act_space = Space.from_dict(stored["act_space"])
     except (KeyError, TypeError) as error:

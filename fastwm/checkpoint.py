@@ -149,9 +149,16 @@ def lock(run: Path) -> Iterator[None]:
     except ImportError:  # not on Windows: there the folder is not guarded
         yield
         return
-    run.mkdir(parents=True, exist_ok=True)
     path = run / ".lock"
-    with open(path, "w") as file:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise CheckpointError(
+            f"run folder {run}: expected a folder to write to, got {error.strerror}; "
+            f"give another --logdir"
+        ) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

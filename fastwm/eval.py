@@ -18,6 +18,9 @@ def parser(name: str, what: str) -> argparse.ArgumentParser:
         "--checkpoint", default="best", metavar="best|latest|PATH", help="which one (default best)"
     )
     options.add_argument("--seed", type=int, default=0, help="of environments and actions")
+    options.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), help="where the networks run (default: theirs)"
+    )
     return options
 
 
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastwm.loops.evaluate import evaluate, summarize
 
     try:
-        config, agent, path, troubles = assemble.load_run(args.run, args.checkpoint)
+        config, agent, path, troubles = assemble.load_run(args.run, args.checkpoint, args.device)
         for trouble in troubles:
             print(f"fastwm.eval: {trouble}; using {path}", file=sys.stderr)
         assemble.set_up_torch(config)

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.gif_dir or (run if run.is_dir() else run.parent) / "play"
     film = Film(folder, args.gif_fps) if args.save_gif else None
     try:
-        config, agent, path, troubles = assemble.load_run(args.run, args.checkpoint)
+        config, agent, path, troubles = assemble.load_run(args.run, args.checkpoint, args.device)
         for trouble in troubles:
             print(f"fastwm.play: {trouble}; using {path}", file=sys.stderr)
         assemble.set_up_torch(config)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fastwm
+from fastwm import checkpoint, play, train
 from fastwm import eval as evaluation
-from fastwm import play, train
 from fastwm.config import ConfigError, load
 
 DEBUG = (
@@ -223,6 +223,25 @@ def test_bad_settings(tmp_path, capsys, argv, parts):
 def test_a_missing_device(tmp_path, capsys):
     assert train.main([*DEBUG, "--device", "cuda", "--logdir", str(tmp_path / "run")]) == 2
     assert "--device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_a_run_of_another_machine_is_evaluated_here(finished, tmp_path, capsys):
+    run = copy(finished, tmp_path)
+    stored = checkpoint.load(run / "checkpoint" / "best.pt")
+    stored["config"] = stored["config"].replace('device = "cpu"', 'device = "cuda"')
+    checkpoint.save(run / "checkpoint" / "best.pt", stored)
+    assert evaluation.main([str(run), "--episodes", "1"]) == 2
+    assert "--device cpu" in capsys.readouterr().err
+    assert evaluation.main([str(run), "--episodes", "1", "--device", "cpu"]) == 0
+
+
+def test_a_run_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    assert train.main([*DEBUG, "--logdir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "expected a folder to write to, got File exists" in error
+    assert len(error.splitlines()) == 1 and (tmp_path / "run").read_text() == "mine"
 
 
 def test_the_folder_of_another_configuration_is_refused_unharmed(finished, tmp_path, capsys):
