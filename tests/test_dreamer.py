@@ -155,6 +155,27 @@ def test_sequence_equals_steps_equals_acting():
     assert torch.equal(latents["stoch"].long(), s[:, 0].argmax(-1))
 
 
+@pytest.mark.parametrize("act_space", [DISCRETE, MULTI, CONTINUOUS])
+def test_acting_equals_the_sequence_that_replay_stores(act_space):
+    """Rows and actions as the loop stores them give the states that acting went through."""
+    agent = tiny_agent(act_space=act_space)
+    world, batch = agent.model.world, random_batch(agent)
+    batch["is_first"][:, 0] = True
+    source, again = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
+    state, deters, actions, noise = agent.initial_state(3), [], [], []
+    for t in range(6):
+        rows = {key: batch[key][:, t].numpy() for key in ("vector", "is_first")}
+        action, state, latents = agent.act(rows, state, "sample", source)
+        noise.append(torch.rand(3, 1, world.rssm.stoch, generator=again))
+        agent.model.actor.noise((3,), again)
+        deters.append(state["deter"])
+        actions.append(torch.from_numpy(action))
+        assert torch.equal(latents["stoch"].long(), state["stoch"].argmax(-1))
+    batch["prev_action"] = torch.stack([torch.zeros_like(actions[0]), *actions[:-1]], 1)
+    _, post = world.observe(batch, torch.cat(noise, 1))
+    torch.testing.assert_close(torch.stack(deters, 1), post.deter, rtol=1e-4, atol=1e-5)
+
+
 def test_reset_forgets_state_and_previous_action():
     agent = tiny_agent()
     world, batch = agent.model.world, random_batch(agent)
