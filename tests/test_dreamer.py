@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastwm import config as configs
+from fastwm import ops
 from fastwm.agents.dreamer import DreamerAgent, DreamerModel
 from fastwm.agents.policy import load_policy
 from fastwm.optim import LossScale
@@ -323,6 +324,51 @@ def test_open_loop_video(tmp_path):
     assert list(videos) == ["openloop/image"]
     assert videos["openloop/image"].shape == (5, 3 * 64 + 4, 2 * 68, 3)
     assert videos["openloop/image"].dtype == np.uint8
+
+
+def test_open_loop_follows_the_recorded_actions():
+    """After `context` rows only the actions are read, each one for the row that it led to."""
+    agent = tiny_agent(IMAGE)
+    world, batch = agent.model.world, random_batch(agent, rows=2, length=6)
+    noise, imag_noise = torch.rand(2, 2, 4), torch.rand(4, 2, 4)
+    recon = world.open_loop(batch, 2, noise, imag_noise)["image"]
+    latents = {"deter": batch["deter"], "stoch": batch["stoch"]}
+    head = {key: value[:, :2] for key, value in batch.items()} | latents
+    _, post = world.observe(head, noise)
+    deter, stoch = post.deter[:, -1], post.stoch[:, -1]
+    expected = [world.decoder(post.deter, post.stoch.flatten(-2))["image"]]
+    actions = world.encode_action(batch["prev_action"])
+    for t in range(2, 6):
+        deter = ops.gru_step(world.rssm.weights(), deter, stoch.flatten(1), actions[:, t])
+        logits = world.rssm.prior_logits(deter)
+        index, _ = ops.latent_sample(logits, imag_noise[t - 2], world.rssm.unimix)
+        stoch = world.rssm.one_hot(index)
+        expected.append(world.decoder(deter, stoch.flatten(-2))["image"].unsqueeze(1))
+    torch.testing.assert_close(recon, torch.cat(expected, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_imagining_from_the_last_rows_only():
+    agent = tiny_agent(imag_last=2)
+    batch = random_batch(agent)
+    terms = agent.losses(batch, agent.draw_noise(3, 6)).terms
+    assert terms["policy"].shape == terms["value"].shape == (3, 2)
+    assert terms["repval"].shape == (3, 1)
+    metrics, latents = agent.update(batch)
+    assert bool(metrics["opt/finite"]) and latents["deter"].shape == (3, 6, 16)
+
+
+def test_the_slow_critic_follows_at_its_own_pace():
+    agent = tiny_agent(**{"critic.slow_every": 2, "critic.slow_rate": 0.25})
+    batch, critic = random_batch(agent), agent.model.critic
+    for update in range(1, 5):
+        before = [p.clone() for p in critic.slow.parameters()]
+        agent.update(batch)
+        for old, slow, fast in zip(
+            before, critic.slow.parameters(), critic.net.parameters(), strict=True
+        ):
+            wanted = old if update % 2 else 0.75 * old + 0.25 * fast
+            torch.testing.assert_close(slow, wanted)
+    assert not torch.equal(critic.slow.out.weight, critic.net.out.weight)
 
 
 def test_image_of_unusable_size_is_refused():
