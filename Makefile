@@ -13,7 +13,7 @@ quick:          ## without the slow ones
 	$(PYTHON) -m pytest -q -m "not slow"
 
 bench:          ## all benchmarks
-	$(PYTHON) -m pytest benchmarks
+	$(PYTHON) -m fastwm.bench
 
 fmt:            ## format Python and C++
 	$(PYTHON) -m ruff format .
