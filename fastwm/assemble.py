@@ -123,7 +123,7 @@ def device_of(config: Any) -> str:
 
 
 def make_replay(config: Any, agent: Any, folder: Path) -> Replay | None:
-    spec, options = agent.replay_spec(), config.replay
+    spec, options = _build(agent.replay_spec), config.replay
     if spec is None:
         return None
     return _build(

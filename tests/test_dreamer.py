@@ -318,6 +318,13 @@ def test_more_classes_than_a_byte_holds():
     assert bool(metrics["opt/finite"]) and latents["stoch"].dtype == torch.int32
 
 
+@pytest.mark.parametrize("name", ["reward", "deter", "action", "is_last"])
+def test_observations_do_not_take_the_names_of_the_replay(name):
+    agent = tiny_agent(PROPRIO | {name: Space("vector", (2,))})
+    with pytest.raises(ValueError, match=rf"expected other observation names .*got \['{name}'\]"):
+        agent.replay_spec()
+
+
 def test_open_loop_video(tmp_path):
     agent = tiny_agent(IMAGE | PROPRIO)
     videos = agent.report(random_batch(agent, rows=2, length=5))

@@ -125,16 +125,22 @@ class DreamerAgent:
 
     def replay_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype name of every key of a replay row, latents included."""
-        spaces = self.obs_space | {"action": self.act_space}
-        spec = {key: (space.shape, space.dtype) for key, space in spaces.items()}
-        spec |= {key: ((), "bool") for key in ("is_first", "is_last", "is_terminal")}
         rssm = self.model.world.rssm
         index = str(self.index_dtype).removeprefix("torch.")
-        return spec | {
+        spec = {key: ((), "bool") for key in ("is_first", "is_last", "is_terminal")}
+        spec |= {
+            "action": (self.act_space.shape, self.act_space.dtype),
             "reward": ((), "float32"),
             "deter": ((rssm.deter,), "bfloat16"),
             "stoch": ((rssm.stoch,), index),
         }
+        taken = sorted(set(spec) & set(self.obs_space))
+        if taken:
+            raise ValueError(
+                f"DreamerAgent: expected other observation names than {sorted(spec)}, got {taken}; "
+                "rename them in the environment"
+            )
+        return spec | {key: (space.shape, space.dtype) for key, space in self.obs_space.items()}
 
     @property
     def precision(self) -> str:
