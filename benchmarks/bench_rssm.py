@@ -115,7 +115,8 @@ def test_imagine(benchmark, size, backend, count=1024, length=15):
     def call():
         with torch.autocast("cpu", torch.bfloat16, enabled=backend.endswith("bf16")):
             ops.rssm_imagine(
-                weights, inputs["deter"], inputs["stoch"], lambda d, s: actions, length, noise)
+                weights, inputs["deter"], inputs["stoch"], lambda d, s: actions, length, noise
+            )
 
     with ops.use_backend(backend.split()[0]):
         run(benchmark, call, 2 * 77 * SIZES[size][1] ** 2 * count * length)

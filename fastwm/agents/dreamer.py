@@ -94,7 +94,7 @@ class DreamerAgent:
             torch.manual_seed(seed)
             self.model = DreamerModel(obs_space, act_space, config).to(self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.act_generator = torch.Generator(self.device).manual_seed(seed + 1)
+        self.act_generator = torch.Generator(self.device).manual_seed(seed + (1 << 40))
         self.optimizer = LaProp(self.trainable(), **asdict(config.optim))
         self.loss_scale = LossScale(self.device) if self.precision == "fp16" else None
         self.policy = RecurrentPolicy(

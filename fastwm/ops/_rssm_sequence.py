@@ -331,9 +331,7 @@ class Sequence(torch.autograd.Function):
         deter, stoch, tokens, prev_action, is_first, *rest = ctx.saved_tensors
         count, hidden = ctx.counts
         weights, rest = unflatten(rest[:count], ctx.dynlayers), rest[count:]
-        saved = Scan(
-            *rest[:4], tuple(rest[5 : 5 + hidden]), rest[4], tuple(rest[5 + hidden :])
-        )
+        saved = Scan(*rest[:4], tuple(rest[5 : 5 + hidden]), rest[4], tuple(rest[5 + hidden :]))
         groups, classes = ctx.shape
         grads = (grad_deter, grad_logits.flatten(2), grad_stoch.flatten(2))
         loop = ctx.loops[1](weights, saved, deter, is_first, ctx.unimix, groups, grads)

@@ -188,8 +188,9 @@ def gru_step(
     check_shape(op, "action", action, "(B, A)", (len(stoch), actions))
     deter, stoch, action = _as_weights(op, weights, deter=deter, stoch=stoch, action=action)
     with torch.autocast(deter.device.type, enabled=False):
-        if not _backend.fused_wanted() or _backend.wants_grad(deter, stoch, action,
-                                                              *sequence.flatten(weights)):
+        if not _backend.fused_wanted() or _backend.wants_grad(
+            deter, stoch, action, *sequence.flatten(weights)
+        ):
             return gru_step_ref(weights, deter, stoch, action)
         return rollout.Stepper(weights, "prior", rollout=False).core(deter, stoch, action)
 

@@ -128,10 +128,9 @@ def twohot_loss_ref(
     loss = torch.zeros_like(log_probs[..., 0])
     for goal, factor in zip(targets, scale, strict=True):
         below, above, w_below, w_above = twohot_weights(goal.detach().to(bins.dtype), bins)
-        picked = (
-            w_below * log_probs.gather(-1, below.unsqueeze(-1)).squeeze(-1)
-            + w_above * log_probs.gather(-1, above.unsqueeze(-1)).squeeze(-1)
-        )
+        picked = w_below * log_probs.gather(-1, below.unsqueeze(-1)).squeeze(
+            -1
+        ) + w_above * log_probs.gather(-1, above.unsqueeze(-1)).squeeze(-1)
         loss = loss - factor * picked
     return loss
 

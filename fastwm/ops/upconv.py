@@ -22,9 +22,7 @@ _TAPS = (((0, 1), (2, 3), (4,)), ((0,), (1, 2), (3, 4)))
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() != 4:
-        raise ValueError(
-            f"upsample_conv2d: expected x of shape (N, C, H, W), got {tuple(x.shape)}"
-        )
+        raise ValueError(f"upsample_conv2d: expected x of shape (N, C, H, W), got {tuple(x.shape)}")
     if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 5, 5):
         raise ValueError(
             f"upsample_conv2d: expected weight of shape (C', C, 5, 5) = "

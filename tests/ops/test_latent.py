@@ -70,11 +70,15 @@ def test_free_nats_cut_the_gradient(variant):
 def test_sample_matches_reference(shape, unimix, noise, variant, close):
     logits = (3 * torch.randn(shape)).requires_grad_()
     (wide,) = double(logits)
-    draw = {"mode": None, "uniform": torch.rand(shape[:-1]),
-            "gumbel": -torch.empty(shape).exponential_().log()}[noise]
+    draw = {
+        "mode": None,
+        "uniform": torch.rand(shape[:-1]),
+        "gumbel": -torch.empty(shape).exponential_().log(),
+    }[noise]
     index, log_probs = latent_sample(logits, draw, unimix)
     expected_index, expected = latent_sample_ref(
-        wide, None if draw is None else draw.double(), unimix)
+        wide, None if draw is None else draw.double(), unimix
+    )
     assert index.dtype == (torch.uint8 if shape[-1] <= 256 else torch.int64)
     assert index.dtype == expected_index.dtype and torch.equal(index, expected_index)
     close(log_probs, expected)
@@ -145,8 +149,10 @@ def test_not_a_number_comes_through(variant):
 
 def test_gradcheck_of_references():
     post, prior = double(*torch.randn(2, 2, 3, 4))
+
     def losses(a, b):
         return kl_balance_ref(a, b, 0.01, 0.1)[:2]
+
     dyn_to_prior = torch.autograd.gradcheck(lambda b: losses(post.detach(), b)[0], prior)
     assert dyn_to_prior and torch.autograd.gradcheck(lambda a: losses(a, prior.detach())[1], post)
     assert torch.autograd.gradcheck(lambda a: latent_sample_ref(a, None)[1], post)
@@ -180,8 +186,11 @@ def test_fullgraph_compile(variant, close):
     noise = torch.rand(3, 4)
     got, want = compiled(post, prior, noise), everything(post, prior, noise)
     close(got, want)
-    for a, b in zip(torch.autograd.grad(got, (post, prior)),
-                    torch.autograd.grad(want, (post, prior)), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(got, (post, prior)),
+        torch.autograd.grad(want, (post, prior)),
+        strict=True,
+    ):
         close(a, b)
 
 

@@ -25,12 +25,18 @@ class Run:
 
     def update(self, grads, lr, **options):
         return ops.laprop_agc_(
-            self.params, [grads[name] for name in self.names], self.mu, self.nu, self.step,
-            torch.tensor(lr, dtype=torch.float32), **options)
+            self.params,
+            [grads[name] for name in self.names],
+            self.mu,
+            self.nu,
+            self.step,
+            torch.tensor(lr, dtype=torch.float32),
+            **options,
+        )
 
 
 def under(data, prefix):
-    return {k[len(prefix):]: v for k, v in data.items() if k.startswith(prefix)}
+    return {k[len(prefix) :]: v for k, v in data.items() if k.startswith(prefix)}
 
 
 def test_golden_laprop(golden, near, variant):
@@ -93,9 +99,13 @@ def copies(groups):
 
 
 OPTIONS = [
-    {}, {"agc": 0.0}, {"weight_decay": 0.1}, {"nesterov": True},
+    {},
+    {"agc": 0.0},
+    {"weight_decay": 0.1},
+    {"nesterov": True},
     {"weight_decay": 0.2, "decay_mask": [i % 2 == 0 for i in range(len(SHAPES))]},
-    {"grad_scale": 64.0}, {"grad_scale": torch.tensor(0.25)},
+    {"grad_scale": 64.0},
+    {"grad_scale": torch.tensor(0.25)},
     {"beta1": 0.5, "beta2": 0.9, "eps": 1e-5, "pmin": 0.1},
 ]
 

@@ -25,8 +25,16 @@ def golden_weights(arrays):
         return tuple(layer(f"{name}{i}") for i in range(count))
 
     weights = R.RSSMWeights(
-        layer("dynin0"), layer("dynin1"), layer("dynin2"), stack("dynhid"), layer("dyngru"),
-        stack("obs"), layer("obslogit"), stack("prior"), layer("priorlogit"))
+        layer("dynin0"),
+        layer("dynin1"),
+        layer("dynin2"),
+        stack("dynhid"),
+        layer("dyngru"),
+        stack("obs"),
+        layer("obslogit"),
+        stack("prior"),
+        layer("priorlogit"),
+    )
     return weights, leaves
 
 
@@ -56,11 +64,16 @@ def make_weights(D=12, U=7, S=3, K=5, A=2, E=4, G=3, dyn=1, obs=1, imgs=2, **_):
 
     d = D // G
     return R.RSSMWeights(
-        layer(U, D), layer(U, S * K), layer(U, A),
+        layer(U, D),
+        layer(U, S * K),
+        layer(U, A),
         tuple((*blocks(d if i else d + 3 * U, D), layer(D, 1)[2]) for i in range(dyn)),
         blocks(d, 3 * D),
-        tuple(layer(U, U if i else D + E) for i in range(obs)), layer(S * K, U)[:2],
-        tuple(layer(U, U if i else D) for i in range(imgs)), layer(S * K, U)[:2])
+        tuple(layer(U, U if i else D + E) for i in range(obs)),
+        layer(S * K, U)[:2],
+        tuple(layer(U, U if i else D) for i in range(imgs)),
+        layer(S * K, U)[:2],
+    )
 
 
 def make_inputs(B=3, T=5, D=12, S=3, K=5, A=2, E=4, **_):
@@ -81,8 +94,11 @@ def names(weights):
     """{"hidden[0][1]": tensor, ...} of everything the posterior sequence reads."""
     out = {}
     for field, value in weights._asdict().items():
-        layers = {field: value} if isinstance(value[0], torch.Tensor) else {
-            f"{field}[{i}]": layer for i, layer in enumerate(value)}
+        layers = (
+            {field: value}
+            if isinstance(value[0], torch.Tensor)
+            else {f"{field}[{i}]": layer for i, layer in enumerate(value)}
+        )
         out |= {f"{name}[{i}]": x for name, layer in layers.items() for i, x in enumerate(layer)}
     return out
 
@@ -179,8 +195,7 @@ def test_imagine_matches_reference(case, mode, variant, near):
     start = (args["deter"].detach(), args["stoch"].detach())
     expected = R.rssm_imagine_ref(wide, *start, policy, 3, noise)
     narrow = [x.float() for x in start]
-    actual = R.rssm_imagine(
-        weights, *narrow, policy, 3, None if noise is None else noise.float())
+    actual = R.rssm_imagine(weights, *narrow, policy, 3, None if noise is None else noise.float())
     assert len(calls) == 8
     assert [x.shape for x in actual] == [x.shape for x in expected]
     assert not any(x.requires_grad for x in actual)
@@ -199,7 +214,8 @@ def test_imagine_under_autocast(variant, near):
 
     def roll():
         return R.rssm_imagine(
-            weights, inputs["deter"], inputs["stoch"], lambda d, s: (d @ project).float(), 1)
+            weights, inputs["deter"], inputs["stoch"], lambda d, s: (d @ project).float(), 1
+        )
 
     plain = roll()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -388,7 +404,8 @@ def test_golden_step_gradients(golden, variant, near):
     pieces = golden("dreamerv3_head_pieces")
     weights, leaves = golden_weights(pieces)
     deter, stoch, action = (
-        pieces[f"rssm/{k}"].clone().requires_grad_() for k in ("deter", "stoch", "action"))
+        pieces[f"rssm/{k}"].clone().requires_grad_() for k in ("deter", "stoch", "action")
+    )
     out = R.gru_step(weights, deter, stoch.flatten(1), action)
     out.backward(pieces["rssm/core_cot"])
     near(deter.grad, pieces["rssm/g_deter"], who="g_deter")
@@ -405,10 +422,11 @@ def test_golden_observe(golden, variant, near):
     pieces = golden("dreamerv3_head_pieces")
     weights, _ = golden_weights(pieces)
     deter, stoch, action, tokens, reset = (
-        pieces[f"rssm/{k}"]
-        for k in ("deter", "stoch", "action", "tokens", "reset"))
+        pieces[f"rssm/{k}"] for k in ("deter", "stoch", "action", "tokens", "reset")
+    )
     out, logits, sample = R.rssm_observe(
-        weights, deter, stoch, tokens[:, None], action[:, None], reset[:, None])
+        weights, deter, stoch, tokens[:, None], action[:, None], reset[:, None]
+    )
     near(out[:, 0], pieces["rssm/out_deter"], who="deter")
     near(logits[:, 0], pieces["rssm/out_post"], who="post")
     assert torch.equal(sample.argmax(-1), logits.argmax(-1))

@@ -88,8 +88,11 @@ def test_raw_ops_refuse_forged_input():
             for forge in (lambda x: x[1:], lambda x: x.long() if x.dtype != torch.bool
                           else x.float()):  # fmt: skip
                 forged = list(args)
-                forged[i] = forge(args[i]) if j is None else [
-                    forge(x) if k == j else x for k, x in enumerate(args[i])]
+                forged[i] = (
+                    forge(args[i])
+                    if j is None
+                    else [forge(x) if k == j else x for k, x in enumerate(args[i])]
+                )
                 with pytest.raises(RuntimeError, match="expected"):
                     op(*forged)
         with pytest.raises(RuntimeError, match="expected weights of"):

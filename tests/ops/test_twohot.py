@@ -10,8 +10,17 @@ from fastwm.ops import available, twohot_loss, twohot_loss_ref, twohot_mean, two
 from fastwm.ops._backend import raw
 
 # (leading shape, V)
-SHAPES = [((5,), 255), ((2, 3), 41), ((), 40), ((4,), 2), ((0,), 9), ((3,), 1), ((7,), 33),
-          ((2, 1, 2), 16), ((1,), 700)]
+SHAPES = [
+    ((5,), 255),
+    ((2, 3), 41),
+    ((), 40),
+    ((4,), 2),
+    ((0,), 9),
+    ((3,), 1),
+    ((7,), 33),
+    ((2, 1, 2), 16),
+    ((1,), 700),
+]
 fused_only = pytest.mark.skipif(not available("cpu"), reason="no compiled kernels")
 
 
@@ -72,8 +81,9 @@ def test_mean_of_uniform_logits_is_exactly_zero(count, level, variant):
 
 
 def test_loss_of_uniform_logits(variant):
-    loss = twohot_loss(torch.zeros(4, 255), torch.tensor([0.0, 1.0, -1e9, 7e3]),
-                       ops.symexp_bins(255))
+    loss = twohot_loss(
+        torch.zeros(4, 255), torch.tensor([0.0, 1.0, -1e9, 7e3]), ops.symexp_bins(255)
+    )
     torch.testing.assert_close(loss, torch.full((4,), math.log(255)), rtol=1e-6, atol=0)
 
 
@@ -82,9 +92,17 @@ def test_targets_on_bins_between_bins_and_beyond(variant):
     logits = torch.arange(5.0)
     log_p = torch.log_softmax(logits, 0)
     inf = float("inf")
-    cases = {-2.0: [1, 0, 0, 0, 0], -5.0: [1, 0, 0, 0, 0], -inf: [1, 0, 0, 0, 0],
-             2.0: [0, 0, 0, 0, 1], 9.0: [0, 0, 0, 0, 1], inf: [0, 0, 0, 0, 1],
-             0.0: [0, 0, 1, 0, 0], 0.25: [0, 0, 0.75, 0.25, 0], -1.5: [0.5, 0.5, 0, 0, 0]}
+    cases = {
+        -2.0: [1, 0, 0, 0, 0],
+        -5.0: [1, 0, 0, 0, 0],
+        -inf: [1, 0, 0, 0, 0],
+        2.0: [0, 0, 0, 0, 1],
+        9.0: [0, 0, 0, 0, 1],
+        inf: [0, 0, 0, 0, 1],
+        0.0: [0, 0, 1, 0, 0],
+        0.25: [0, 0, 0.75, 0.25, 0],
+        -1.5: [0.5, 0.5, 0, 0, 0],
+    }
     for target, weights in cases.items():
         loss = twohot_loss(logits, torch.tensor(target), bins)
         expected = -(torch.tensor(weights) * log_p).sum()
@@ -98,7 +116,8 @@ def test_linear_symlog_bins_of_2023(variant):
     loss = twohot_loss(logits, ops.symlog(torch.tensor(100.0)), bins)
     log_p = torch.log_softmax(logits, 0)
     torch.testing.assert_close(
-        loss, -(0.69398 * log_p[156] + 0.30602 * log_p[157]), rtol=1e-5, atol=1e-5)
+        loss, -(0.69398 * log_p[156] + 0.30602 * log_p[157]), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_not_a_number_stays_in_its_row(variant):
@@ -137,7 +156,8 @@ def test_gradcheck_of_references():
     bins = torch.linspace(-3, 3, 7)
     wide = double(logits)
     assert torch.autograd.gradcheck(
-        lambda x: twohot_loss_ref(x, (target, other), bins, (1.0, 0.5)), wide)
+        lambda x: twohot_loss_ref(x, (target, other), bins, (1.0, 0.5)), wide
+    )
     assert torch.autograd.gradcheck(lambda x: twohot_mean_ref(x, bins), wide)
 
 
@@ -213,7 +233,8 @@ def test_golden_symlog(golden):
     data = golden("dreamerv3_head_pieces")
     torch.testing.assert_close(ops.symlog(data["symlog/x"]), data["symlog/y"], rtol=2e-6, atol=0)
     torch.testing.assert_close(
-        ops.symexp(data["symlog/y"]), data["symlog/symexp"], rtol=5e-6, atol=0)
+        ops.symexp(data["symlog/y"]), data["symlog/symexp"], rtol=5e-6, atol=0
+    )
 
 
 def test_golden_bins(golden):
