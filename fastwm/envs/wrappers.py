@@ -16,7 +16,7 @@ class Journal(VecEnv):
     state_dict() holds the actions, the places of resets, and a hash of the last rows.
     load_state_dict() makes the environments anew by the same factory and seed, plays the actions,
     compares the hash and returns the last rows. It raises EnvStateError where the environment is
-    not deterministic, or where more than `limit` steps (of all environments together) were taken.
+    not deterministic, or where more than `limit` vector steps were taken.
 
     Cost: one copy of the action per step; N * A * 4 bytes of memory per step, a byte for small
     discrete actions. The limit also bounds the memory: nothing is kept beyond it.

@@ -1,6 +1,7 @@
 """Categorical latents: unimix, sampling with given noise, straight-through, balanced KL.
 
 Letters: S groups, K classes per group. Everything is float32 inside.
+This stem has no CUDA file yet: CUDA tensors take the plain PyTorch path.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""RMSNorm and SiLU in one: what follows every Linear of DreamerV3. Letters: U features."""
+"""RMSNorm and SiLU in one: what follows every Linear of DreamerV3. Letters: U features.
+
+This stem has no CUDA file yet: CUDA tensors take the plain PyTorch path.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The optimizer step of DreamerV3 over a list of tensors: adaptive clipping, then LaProp."""
+"""The optimizer step of DreamerV3 over a list of tensors: adaptive clipping, then LaProp.
+
+This stem has no CUDA file yet: CUDA tensors take the plain PyTorch path.
+"""
 
 from __future__ import annotations
 

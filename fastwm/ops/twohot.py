@@ -1,7 +1,8 @@
 """Two-hot distributions over fixed bins: the loss, the mean and the symexp-spaced bins.
 
 Letters: V bins. Everything is float32 inside; bfloat16 logits are accepted and their gradient
-comes back in bfloat16.
+comes back in bfloat16. This stem has no CUDA file yet: CUDA
+tensors take the plain PyTorch path.
 """
 
 from __future__ import annotations
