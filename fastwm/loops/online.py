@@ -49,6 +49,7 @@ def train(run: OnlineRun, stored: dict[str, Any] | None = None) -> int:
     if stopped:
         run.logger.say(f"stopped at env_steps {run.env_steps}; the same command goes on from here")
         return 128 + stopped[0]
+    run.say_what_next()
     return DONE
 
 
@@ -206,6 +207,13 @@ class OnlineRun:
                 self.logger.set({"train/opt/skipped": self.finite.skipped})
             self.logger.set({"episode/total": self.episodes})
             self.logger.write(self.env_steps, self.updates)
+
+    def say_what_next(self) -> None:
+        best = f", best evaluation {self.best:.4g}" if np.isfinite(self.best) else ""
+        self.logger.say(
+            f"done     env_steps {self.env_steps}, updates {self.updates}{best}\n"
+            f"look     python -m fastwm.play {self.folder} --save-gif"
+        )
 
     def save_if_due(self) -> None:
         if self.clocks["checkpoint"](self.env_steps):
