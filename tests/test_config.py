@@ -159,8 +159,8 @@ def test_config_cannot_be_changed():
 
 def test_differences_say_which_matter():
     old = cfg.load(["dreamerv3"])[0]
-    new = cfg.load(["dreamerv3", "--seed", "1", "--optim.lr", "1e-3", "--logdir", "x"])[0]
-    changed = [("seed", 0, 1, True), ("optim.lr", old.optim.lr, 1e-3, False)]
+    new = cfg.load(["dreamerv3", "--seed", "1", "--optim.lr", "7e-3", "--logdir", "x"])[0]
+    changed = [("seed", 0, 1, True), ("optim.lr", old.optim.lr, 7e-3, False)]
     assert cfg.differences(old, new) == changed
     other = cfg.load(["random"])[0]
     assert cfg.differences(old, other)[0][0] == "algorithm"
