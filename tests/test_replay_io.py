@@ -270,7 +270,7 @@ def test_killed_at_any_moment_the_last_committed_manifest_loads(tmp_path):
             batch = replay.sample(8, online=False) if replay.can_sample(8) else {}
             if batch:
                 moments = batch["ids"][:, 1:].numpy() + np.arange(4)
-                assert np.array_equal(batch["reward"].numpy() % 1000, moments)
+                assert np.array_equal(batch["reward"].numpy() % 1000, moments % 1000)
     finally:
         process.stdin.close()
         process.wait(timeout=10)
