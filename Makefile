@@ -1,7 +1,10 @@
 # One plain command each; nothing is hidden behind them.
 PYTHON ?= python
 
-.PHONY: build test quick bench fmt check ci clean
+.PHONY: help build test quick bench fmt check ci clean
+
+help:           ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/: *##/	/'
 
 build:          ## compile the extension in place
 	$(PYTHON) setup.py build_ext --inplace
@@ -26,5 +29,5 @@ check:          ## lint
 ci:             ## what continuous integration runs
 	.ci/run
 
-clean:
+clean:          ## remove what was built
 	rm -rf build *.egg-info fastwm/*.so
