@@ -1,5 +1,6 @@
-"""The settings of a run: the schema with every default, and the loader.
+"""The settings of a run: the loader.
 
+The schemas, with every default, are in `config_common` and one `config_<algorithm>` each.
 A run is `python -m fastwm.train ALGORITHM [PRESET ...] [--dotted.key value ...]`. Values stack from
 left to right: the defaults below, each preset (a TOML file that holds only differences), then the
 flags. What is resolved is written to the run folder as a TOML file that is itself a valid preset.
@@ -10,10 +11,11 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
+from fastwm.config_dreamer import DreamerConfig
 from fastwm.settings import (
     ConfigError,
     coerce,
@@ -24,216 +26,6 @@ from fastwm.settings import (
     unknown,
     write_toml,
 )
-
-
-def _key(
-    default: Any,
-    help: str,
-    low: float | None = None,
-    high: float | None = None,
-    fixed: bool = False,
-) -> Any:
-    """A field. `fixed`: a run folder that was started with another value cannot be continued."""
-    limits = {"help": help, "low": low, "high": high, "fixed": fixed}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=limits)
-    return field(default=default, metadata=limits)
-
-
-def _group(schema: type) -> Any:
-    return field(default_factory=schema)
-
-
-@dataclass(frozen=True)
-class Env:
-    action_repeat: int | None = _key(
-        None, "frames per decision; none: as usual for the task", 1, fixed=True
-    )
-    size: tuple[int, int] = _key((64, 64), "image height and width, pixels", 1, fixed=True)
-    options: dict = _key({}, "anything else for the adapter: --env.options.NAME VALUE", fixed=True)
-
-
-@dataclass(frozen=True)
-class Replay:
-    capacity: int = _key(5_000_000, "rows kept, all envs together", 1, fixed=True)
-    online: bool = _key(True, "feed every fresh row once before sampling uniformly")
-    storage: Literal["ram", "mmap"] = _key("ram", "where the rows lie")
-    save: bool = _key(True, "put the replay into the checkpoints, so that a run resumes exactly")
-    force: bool = _key(False, "start even if the rows at capacity do not fit the free memory")
-
-
-@dataclass(frozen=True)
-class Encoder:
-    depth: int = _key(64, "channels of the first convolution, before mults", 1, fixed=True)
-    mults: tuple[int, ...] = _key((2, 3, 4, 4), "channels per stage, times depth", 1, fixed=True)
-    layers: int = _key(3, "dense layers for vector observations", 1, fixed=True)
-    units: int = _key(1024, "width of the dense layers", 1, fixed=True)
-    kernel: int = _key(5, "convolution kernel, pixels", 1, fixed=True)
-    symlog: bool = _key(True, "symlog vector observations first", fixed=True)
-
-
-@dataclass(frozen=True)
-class Decoder:
-    depth: int = _key(64, "channels of the last convolution, before mults", 1, fixed=True)
-    mults: tuple[int, ...] = _key((2, 3, 4, 4), "channels per stage, times depth", 1, fixed=True)
-    layers: int = _key(3, "dense layers for vector observations", 1, fixed=True)
-    units: int = _key(1024, "width of the dense layers", 1, fixed=True)
-    kernel: int = _key(5, "convolution kernel, pixels", 1, fixed=True)
-    bspace: int = _key(8, "blocks of the linear map from deter to the first image", 1, fixed=True)
-    outscale: float = _key(1.0, "scale of the last layer's initial weights", 0)
-
-
-@dataclass(frozen=True)
-class RSSM:
-    deter: int = _key(8192, "size D of the deterministic state", 1, fixed=True)
-    hidden: int = _key(1024, "width U of the layers around it", 1, fixed=True)
-    stoch: int = _key(32, "categorical groups S of the stochastic state", 1, fixed=True)
-    classes: int = _key(64, "classes K per group", 2, fixed=True)
-    blocks: int = _key(8, "blocks G of the block-diagonal GRU; they divide deter", 1, fixed=True)
-    dynlayers: int = _key(1, "hidden layers before the GRU", 1, fixed=True)
-    obslayers: int = _key(1, "layers of the posterior", 1, fixed=True)
-    imglayers: int = _key(2, "layers of the prior", 1, fixed=True)
-    unimix: float = _key(0.01, "share of the uniform distribution in every categorical", 0, 1)
-    free_nats: float = _key(1.0, "KL below which its loss is constant, nats", 0)
-
-
-@dataclass(frozen=True)
-class Reward:
-    layers: int = _key(1, "dense layers", 1, fixed=True)
-    units: int = _key(1024, "width", 1, fixed=True)
-    bins: int = _key(255, "bins of the two-hot distribution", 2, fixed=True)
-    outscale: float = _key(0.0, "scale of the last layer's initial weights", 0)
-
-
-@dataclass(frozen=True)
-class Cont:
-    layers: int = _key(1, "dense layers", 1, fixed=True)
-    units: int = _key(1024, "width", 1, fixed=True)
-    outscale: float = _key(1.0, "scale of the last layer's initial weights", 0)
-
-
-@dataclass(frozen=True)
-class Actor:
-    layers: int = _key(3, "dense layers", 1, fixed=True)
-    units: int = _key(1024, "width", 1, fixed=True)
-    outscale: float = _key(0.01, "scale of the last layer's initial weights", 0)
-    unimix: float = _key(0.01, "share of the uniform distribution, discrete actions", 0, 1)
-    min_std: float = _key(0.1, "smallest standard deviation, continuous actions", 0)
-    max_std: float = _key(1.0, "largest standard deviation, continuous actions", 0)
-
-
-@dataclass(frozen=True)
-class Critic:
-    layers: int = _key(3, "dense layers", 1, fixed=True)
-    units: int = _key(1024, "width", 1, fixed=True)
-    bins: int = _key(255, "bins of the two-hot distribution", 2, fixed=True)
-    outscale: float = _key(0.0, "scale of the last layer's initial weights", 0)
-    slow_rate: float = _key(0.02, "share of the critic that its slow copy takes per step", 0, 1)
-    slow_every: int = _key(1, "updates between steps of the slow copy", 1)
-    slow_reg: float = _key(1.0, "weight of the loss towards the slow copy", 0)
-
-
-@dataclass(frozen=True)
-class Loss:
-    rec: float = _key(1.0, "weight of every reconstruction loss", 0)
-    rew: float = _key(1.0, "weight of the reward loss", 0)
-    con: float = _key(1.0, "weight of the continuation loss", 0)
-    dyn: float = _key(1.0, "weight of the KL that trains the prior", 0)
-    rep: float = _key(0.1, "weight of the KL that trains the posterior", 0)
-    policy: float = _key(1.0, "weight of the policy loss", 0)
-    value: float = _key(1.0, "weight of the value loss in imagination", 0)
-    repval: float = _key(0.3, "weight of the value loss on replayed rows", 0)
-
-
-@dataclass(frozen=True)
-class Retnorm:
-    rate: float = _key(0.01, "share of the newest percentiles in the running ones", 0, 1)
-    limit: float = _key(1.0, "smallest divisor of the advantage, reward units", 0)
-    low: float = _key(5.0, "lower percentile", 0, 100)
-    high: float = _key(95.0, "upper percentile", 0, 100)
-
-
-@dataclass(frozen=True)
-class Optim:
-    lr: float = _key(4e-5, "learning rate", 0)
-    agc: float = _key(0.3, "largest gradient, relative to its parameter's norm; 0: no clipping", 0)
-    pmin: float = _key(1e-3, "smallest parameter norm that the clipping assumes", 0)
-    eps: float = _key(1e-20, "added to the gradient's second moment", 0)
-    beta1: float = _key(0.9, "decay of the momentum", 0, 1)
-    beta2: float = _key(0.999, "decay of the second moment", 0, 1)
-    weight_decay: float = _key(0.0, "decay of weight matrices per unit of learning rate", 0)
-    nesterov: bool = _key(False, "look-ahead momentum")
-    warmup: int = _key(1000, "updates over which the learning rate rises from 0", 0)
-    schedule: Literal["const", "linear", "cosine"] = _key("const", "after the warm-up")
-    anneal: int = _key(0, "updates until the schedule reaches a tenth of lr; const: 0", 0)
-
-
-@dataclass(frozen=True)
-class Eval:
-    every: int = _key(10_000, "env_steps between evaluations; 0: none", 0)
-    episodes: int = _key(10, "episodes per evaluation", 1)
-    envs: int = _key(4, "environments that play them in parallel", 1)
-    mode: Literal["greedy", "sample"] = _key("greedy", "how actions are chosen")
-    stop_at: float | None = _key(None, "mean evaluation return that ends the run; none: never")
-
-
-@dataclass(frozen=True)
-class Log:
-    every: int = _key(1000, "env_steps between rows of metrics.jsonl", 1)
-    every_s: float = _key(0.5, "seconds between refreshes of the progress bar; 0: no bar", 0)
-    tensorboard: bool = _key(True, "write TensorBoard events")
-    video_every: int = _key(10_000, "env_steps between open-loop videos, image tasks; 0: none", 0)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    every: int = _key(10_000, "env_steps between latest.pt; 0: only at the end", 0)
-    best: bool = _key(True, "keep best.pt, the highest mean evaluation return")
-
-
-@dataclass(frozen=True)
-class DreamerConfig:
-    """DreamerV3. The defaults are those of the reference's newest version."""
-
-    algorithm: str = _key("dreamerv3", "what trains", fixed=True)
-    task: str = _key(
-        "cartpole",
-        "cartpole, atari_pong, dmc_walker_walk, envpool:ID, gymnasium:ID, package.module:factory",
-        fixed=True,
-    )
-    logdir: str = _key("", "run folder; empty: runs/<algorithm>-<task>-<time>")
-    seed: int = _key(0, "of networks, actions, sampling and environments", 0, fixed=True)
-    device: Literal["auto", "cpu", "cuda"] = _key("auto", "where networks run")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = _key("auto", "of matrix products")
-    deterministic: bool = _key(False, "same seed, same machine: same bytes; no times in the log")
-    threads: int = _key(0, "CPU threads of PyTorch; 0: PyTorch's choice", 0)
-    steps: int = _key(10_000_000_000, "env_steps of the whole run", 0)
-    envs: int = _key(16, "environments N stepped together", 1, fixed=True)
-    batch_size: int = _key(16, "sequences B per update", 1)
-    batch_length: int = _key(64, "rows T per sequence", 1, fixed=True)
-    train_ratio: float = _key(32.0, "replayed rows per env_step", 0)
-    imag_horizon: int = _key(15, "imagined steps I", 1)
-    imag_last: int = _key(0, "imagine from only the last so many rows; 0: from all", 0)
-    discount_horizon: float = _key(333.0, "steps; the discount is 1 - 1 / horizon", 1)
-    lam: float = _key(0.95, "lambda of the lambda-return", 0, 1)
-    actent: float = _key(3e-4, "weight of the policy's entropy", 0)
-    contdisc: bool = _key(True, "the continuation head learns the discount too")
-    env: Env = _group(Env)
-    replay: Replay = _group(Replay)
-    encoder: Encoder = _group(Encoder)
-    decoder: Decoder = _group(Decoder)
-    rssm: RSSM = _group(RSSM)
-    reward: Reward = _group(Reward)
-    cont: Cont = _group(Cont)
-    actor: Actor = _group(Actor)
-    critic: Critic = _group(Critic)
-    loss: Loss = _group(Loss)
-    retnorm: Retnorm = _group(Retnorm)
-    optim: Optim = _group(Optim)
-    eval: Eval = _group(Eval)
-    log: Log = _group(Log)
-    checkpoint: Checkpoint = _group(Checkpoint)
-
 
 SCHEMAS: dict[str, type] = {"dreamerv3": DreamerConfig, "random": DreamerConfig}
 DEFAULT_PRESETS = {"dreamerv3": ("cartpole",), "random": ("cartpole",)}  # when none is named
@@ -439,33 +231,7 @@ def _check(config: Any, origins: Mapping[str, str]) -> None:
 
     if not config.task:
         refuse("task", "a task; give --task NAME")
-    if config.rssm.deter % config.rssm.blocks:
-        refuse("rssm.deter", f"a multiple of rssm.blocks = {config.rssm.blocks}")
-    if config.retnorm.low >= config.retnorm.high:
-        refuse("retnorm.low", f"less than retnorm.high = {config.retnorm.high}")
-    if config.actor.min_std > config.actor.max_std:
-        refuse("actor.min_std", f"at most actor.max_std = {config.actor.max_std}")
-    if config.optim.schedule != "const" and config.optim.anneal <= config.optim.warmup:
-        refuse("optim.anneal", f"more than optim.warmup = {config.optim.warmup} updates")
-    for key, beta in (("optim.beta1", config.optim.beta1), ("optim.beta2", config.optim.beta2)):
-        if beta == 1.0:
-            refuse(key, "less than 1: the moments are divided by 1 - beta^updates")
-    if config.discount_horizon == 1.0:
-        refuse("discount_horizon", "more than 1 step: the discount would be 0")
-    if config.batch_length < 2:
-        refuse("batch_length", "at least 2 rows: the value loss needs a row after the first")
-    if config.imag_last == 1:
-        refuse("imag_last", "0 or at least 2 rows: the value loss needs a row after the first")
-    if config.encoder.kernel % 2 == 0:
-        refuse("encoder.kernel", "an odd number")
-    if config.decoder.depth * config.decoder.mults[-1] % config.decoder.bspace:
-        channels = config.decoder.depth * config.decoder.mults[-1]
-        refuse("decoder.bspace", f"a divisor of decoder.depth * decoder.mults[-1] = {channels}")
-    if config.replay.capacity < config.envs * (config.batch_length + 1):
-        refuse(
-            "replay.capacity",
-            f"at least envs * (batch_length + 1) = {config.envs * (config.batch_length + 1)}",
-        )
+    config.check(refuse)
 
 
 # ---- writing

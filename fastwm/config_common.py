@@ -1,0 +1,65 @@
+"""Settings that every algorithm shares, and how a setting is declared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def key(
+    default: Any,
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    fixed: bool = False,
+) -> Any:
+    """A field. `fixed`: a run folder that was started with another value cannot be continued."""
+    limits = {"help": help, "low": low, "high": high, "fixed": fixed}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+def group(schema: type) -> Any:
+    return field(default_factory=schema)
+
+
+@dataclass(frozen=True)
+class Env:
+    action_repeat: int | None = key(
+        None, "frames per decision; none: as usual for the task", 1, fixed=True
+    )
+    size: tuple[int, int] = key((64, 64), "image height and width, pixels", 1, fixed=True)
+    options: dict = key({}, "anything else for the adapter: --env.options.NAME VALUE", fixed=True)
+
+
+@dataclass(frozen=True)
+class Replay:
+    capacity: int = key(5_000_000, "rows kept, all envs together", 1, fixed=True)
+    online: bool = key(True, "feed every fresh row once before sampling uniformly")
+    storage: Literal["ram", "mmap"] = key("ram", "where the rows lie")
+    save: bool = key(True, "put the replay into the checkpoints, so that a run resumes exactly")
+    force: bool = key(False, "start even if the rows at capacity do not fit the free memory")
+
+
+@dataclass(frozen=True)
+class Eval:
+    every: int = key(10_000, "env_steps between evaluations; 0: none", 0)
+    episodes: int = key(10, "episodes per evaluation", 1)
+    envs: int = key(4, "environments that play them in parallel", 1)
+    mode: Literal["greedy", "sample"] = key("greedy", "how actions are chosen")
+    stop_at: float | None = key(None, "mean evaluation return that ends the run; none: never")
+
+
+@dataclass(frozen=True)
+class Log:
+    every: int = key(1000, "env_steps between rows of metrics.jsonl", 1)
+    every_s: float = key(0.5, "seconds between refreshes of the progress bar; 0: no bar", 0)
+    tensorboard: bool = key(True, "write TensorBoard events")
+    video_every: int = key(10_000, "env_steps between open-loop videos, image tasks; 0: none", 0)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = key(10_000, "env_steps between latest.pt; 0: only at the end", 0)
+    best: bool = key(True, "keep best.pt, the highest mean evaluation return")
