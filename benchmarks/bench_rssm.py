@@ -131,3 +131,13 @@ def test_act(benchmark, size, backend, envs=8):
     call = observe_call(ops.rssm_observe, weights, inputs, False)
     with ops.use_backend(backend):
         run(benchmark, call, 2 * 69 * SIZES[size][1] ** 2 * envs)
+
+
+@pytest.mark.parametrize("batch, inputs, deter", [(16, 512, 512), (1024, 512, 512)])
+def test_gru_step_layernorm(time_op, batch, inputs, deter):
+    """The dense step of 2023, product included, as the posterior and the rollout see it."""
+    shapes = [(batch, inputs), (batch, deter), (3 * deter, inputs + deter), (3 * deter,)]
+    args = [torch.randn(s) / s[-1] ** 0.5 for s in [*shapes, shapes[-1]]]
+    numbers = sum(x.numel() for x in args) + batch * deter
+    time_op(f"gru_step_layernorm B{batch} D{deter}", ops.gru_step_layernorm,
+            ops.gru_step_layernorm_ref, args, args, (4 * numbers, 8 * numbers))  # fmt: skip

@@ -63,6 +63,12 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
   m.def("rssm_scan_backward(Tensor[] weights, int hidden, Tensor[] saved, Tensor deter, "
         "Tensor is_first, float unimix, Tensor grad_deter, Tensor grad_logits, Tensor grad_stoch) "
         "-> Tensor[]");
+
+  // rssm, the dense GRU of 2023: parts (N, 3D) before the norm; gradients in the arguments' order
+  m.def("gru_layernorm(Tensor parts, Tensor scale, Tensor shift, Tensor deter, float eps) "
+        "-> Tensor");
+  m.def("gru_layernorm_backward(Tensor grad, Tensor parts, Tensor scale, Tensor shift, "
+        "Tensor deter, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CompositeExplicitAutograd, m) {

@@ -124,6 +124,13 @@ def gru_step(batch: int) -> Case:
 
 
 @_case
+def gru_step_layernorm(batch: int) -> Case:
+    weight = torch.randn(3 * 16, 5 + 16) / 21**0.5
+    affine = (torch.rand(3 * 16) + 0.5, 0.3 * torch.randn(3 * 16))
+    return Case((torch.randn(batch, 5), torch.randn(batch, 16), weight, *affine), (0, 1, 2, 3, 4))
+
+
+@_case
 def rssm_observe(batch: int) -> Case:
     length = 6
     tokens, action = torch.randn(batch, length, 5), torch.randn(batch, length, 2)
