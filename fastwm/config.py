@@ -15,6 +15,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from fastwm import config_aliases
 from fastwm.config_dreamer import DreamerConfig
 from fastwm.settings import (
     ConfigError,
@@ -42,7 +43,7 @@ def load(argv: Sequence[str]) -> tuple[Any, dict[str, str]]:
     Raises:  ConfigError with key, value, expected type and origin. SystemExit(0) after --help.
     """
     names, overrides, wanted = split(argv)
-    stored = Path(overrides.get("logdir", "")) / "config.toml"
+    stored = Path(str(overrides.get("logdir", ""))) / "config.toml"
     if not names and "logdir" in overrides and stored.is_file():  # go on with what that run is
         names = [str(stored)]
     algorithm, presets = _algorithm(names)
@@ -71,7 +72,7 @@ def resolve(
     for preset in presets or DEFAULT_PRESETS.get(algorithm, ()):
         path = find_preset(preset)
         _overlay(values, origins, hints, _flat(_read(path)), f"{path.parent.name}/{path.name}")
-    _overlay(values, origins, hints, dict(overrides or {}), "command line")
+    _override(values, origins, hints, algorithm, dict(overrides or {}))
     if values["algorithm"] != algorithm:
         raise ConfigError(
             f"algorithm: expected {algorithm!r}, got {values['algorithm']!r} "
@@ -209,6 +210,24 @@ def _overlay(values: dict, origins: dict, hints: dict, new: Mapping[str, Any], o
         origins[key] = origin
 
 
+def _override(
+    values: dict, origins: dict, hints: dict, algorithm: str, new: Mapping[str, Any]
+) -> None:
+    """Flags, under our names or under those of other code (config_aliases)."""
+    names: dict[str, str] = {}
+    for name, value in new.items():
+        found = config_aliases.translate(algorithm, name, value, hints)
+        known = [*hints, *config_aliases.names(algorithm, hints)]
+        if found is None and ".options." not in name:
+            raise ConfigError(unknown("key", name, known, "command line"))
+        for key, converted in ({name: value} if found is None else found).items():
+            if key in names:
+                raise ConfigError(f"{key}: expected once, got --{names[key]} and --{name}")
+            names[key] = name
+            origin = "command line" if key == name else f"command line: --{name}"
+            _overlay(values, origins, hints, {key: converted}, origin)
+
+
 def _build(schema: type, values: Mapping[str, Any], prefix: str = "") -> Any:
     types = get_type_hints(schema)
     given: dict[str, Any] = {}
@@ -257,6 +276,9 @@ def describe(config: Any, origins: Mapping[str, str], wanted: str = "") -> str:
         if wanted.lower() in f"{key} {meaning}".lower():
             kind = type_name(hint).removeprefix("an ").removeprefix("a ")
             lines.append(f"--{key:22} {toml(flat[key]):18} {meaning} [{kind}; {origins[key]}]")
+    for name, keys in config_aliases.meanings(config.algorithm, flat) if wanted else ():
+        if wanted.lower() in name.lower():
+            lines.append(f"--{name:22} the same as --{', --'.join(keys)}")
     if len(lines) == 5:
         lines.append(f"no setting contains {wanted!r}")
     return "\n".join(lines)

@@ -17,10 +17,20 @@ class ConfigError(ValueError):
     """A setting is unknown, of the wrong type, out of range, or does not fit another one."""
 
 
-def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], str | None]:
-    """A command line as names, overrides by key, and the filter of --help or None."""
+class Bare:
+    """What a flag without a value carries: true for a switch, an error for anything else."""
+
+    def __repr__(self) -> str:
+        return "none"
+
+
+BARE = Bare()
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], dict[str, Any], str | None]:
+    """A command line as names, overrides by key (text, or BARE), and the filter of --help."""
     names: list[str] = []
-    overrides: dict[str, str] = {}
+    overrides: dict[str, Any] = {}
     wanted: str | None = None
     words = list(argv)
     while words:
@@ -33,9 +43,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], str | None]:
         elif word.startswith("--"):
             key, equals, value = word[2:].partition("=")
             if not equals:
-                if not words or words[0].startswith("--"):
-                    raise ConfigError(f"{key}: expected a value after --{key}, got none")
-                value = words.pop(0)
+                value = BARE if not words or words[0].startswith("--") else words.pop(0)
             overrides[key] = value
         elif word.startswith("-"):
             raise ConfigError(f"command line: expected --key value, got {word!r}")
@@ -46,6 +54,10 @@ def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str], str | None]:
 
 def coerce(key: str, value: Any, hint: Any, item: Any, origin: str) -> Any:
     """The value as the type that the key wants."""
+    if isinstance(value, Bare):
+        if hint is not bool:
+            raise ConfigError(f"{key}: expected a value after --{key}, got none")
+        return True
     try:
         result = _convert(value, hint)
     except (ValueError, TypeError, OverflowError):
@@ -114,6 +126,8 @@ def _one_of(value: Any, choices: tuple) -> Any:
 
 def literal(value: Any) -> Any:
     """The value of a free option: a TOML value, or the text itself."""
+    if isinstance(value, Bare):
+        return True
     if not isinstance(value, str):
         return value
     try:

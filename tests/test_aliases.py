@@ -1,0 +1,118 @@
+"""Old names of settings: each leads to a key that exists, and says so when it does not."""
+
+import pytest
+
+from fastwm import config as cfg
+from fastwm import config_aliases
+from fastwm.config_aliases import COMMON, REFUSED, Convert
+
+
+def load(*argv: str):
+    return cfg.load(["dreamerv3", *argv])[0]
+
+
+def message(*argv: str) -> str:
+    with pytest.raises(cfg.ConfigError) as error:
+        load(*argv)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("algorithm", sorted(cfg.SCHEMAS))
+def test_every_alias_of_an_algorithm_leads_somewhere(algorithm):
+    """Also: none shadows a key, which would make the key unreachable."""
+    schema = cfg.flatten(cfg.SCHEMAS[algorithm]())
+    own = {n: a for n, a in config_aliases.table(algorithm).items() if n not in COMMON}
+    assert set(config_aliases.names(algorithm, schema)) >= set(own)
+    assert not set(config_aliases.table(algorithm)) & set(schema)
+    assert not set(REFUSED) & set(schema)
+
+
+def test_every_common_alias_leads_somewhere_for_dreamer():
+    known = cfg.flatten(cfg.SCHEMAS["dreamerv3"]())
+    assert set(config_aliases.names("dreamerv3", known)) >= set(COMMON)
+
+
+@pytest.mark.parametrize(
+    "argv, same",
+    [
+        (["--model_lr", "3e-4"], ["--optim.lr", "3e-4"]),
+        (["--learning_rate=3e-4"], ["--optim.lr", "3e-4"]),
+        (["--eval_every", "1e4"], ["--eval.every", "10000"]),
+        (["--eval_episode_num", "3"], ["--eval.episodes", "3"]),
+        (["--eval_episode_num", "0"], ["--eval.every", "0"]),
+        (["--discount", "0.99"], ["--discount_horizon", "100"]),
+        (["--discount_lambda", "0.9"], ["--lam", "0.9"]),
+        (["--video_pred_log", "False"], ["--log.video_every", "0"]),
+        (["--video_pred_log", "true"], []),
+        (["--deterministic_run", "true"], ["--deterministic", "true"]),
+        (["--deterministic"], ["--deterministic", "true"]),
+        (["--precision", "32"], ["--precision", "fp32"]),
+        (["--logging.amp", "true"], ["--precision", "fp16"]),
+        (["--dataset_size", "2e5"], ["--replay.capacity", "200000"]),
+        (["--grayscale", "true"], ["--env.options.gray", "true"]),
+        (["--size", "96,96"], ["--env.size", "96,96"]),
+        (
+            ["--units", "64"],
+            "--reward.units 64 --cont.units 64 --actor.units 64 --critic.units 64".split(),
+        ),
+        (["--run.envs", "2"], ["--envs", "2"]),
+        (["--agent.opt.wd", "0.1"], ["--optim.weight_decay", "0.1"]),
+        (["--agent.dyn.rssm.deter", "1024"], ["--rssm.deter", "1024"]),
+        (["--agent.policy.minstd", "0.2"], ["--actor.min_std", "0.2"]),
+        (["--jax.platform", "cpu"], ["--device", "cpu"]),
+        (["--configs", "defaults", "debug"], ["debug"]),
+    ],
+)
+def test_an_alias_is_its_key(argv, same):
+    assert load(*argv) == load(*same)
+
+
+def test_the_origin_names_the_flag_that_was_typed():
+    origins = cfg.load(["dreamerv3", "--model_lr", "1e-3"])[1]
+    assert origins["optim.lr"] == "command line: --model_lr"
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--modl_lr", "1"], ["unknown key 'modl_lr'", "model_lr"]),
+        (["--eval_evry", "1"], ["unknown key", "eval_every"]),
+        (["--model_lr", "fast"], ["optim.lr: expected a number, got 'fast'", "--model_lr"]),
+        (["--discount", "1.5"], ["discount: expected a discount between 0 and 1, got '1.5'"]),
+        (["--video_pred_log", "7"], ["video_pred_log: expected true or false, got '7'"]),
+        (["--discount"], ["discount: expected a discount", "got none"]),
+        (["--model_lr", "1", "--optim.lr", "2"], ["optim.lr: expected once", "--model_lr"]),
+        (["--units", "8", "--actor.units", "9"], ["actor.units: expected once", "--units"]),
+        (["--run.log_every", "120"], ["run.log_every", "seconds", "--log.every"]),
+        (["--kl_beta", "1"], ["--loss.dyn"]),
+    ],
+)
+def test_bad_aliases_say_what_to_do(argv, parts):
+    text = message(*argv)
+    assert "\n" not in text
+    for part in parts:
+        assert part in text
+
+
+def test_an_alias_counts_only_where_its_key_exists():
+    known = {"steps": None}
+    assert config_aliases.translate("dreamerv3", "model_lr", "1", known) is None
+    assert config_aliases.names("dreamerv3", known) == ["total_steps", "run.steps"]
+
+
+def test_an_alias_is_for_the_command_line_only(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("model_lr = 1e-3\n")
+    assert "unknown key 'model_lr'" in message(str(path))
+
+
+def test_conversions_name_their_key():
+    for alias in config_aliases.table("dreamerv3").values():
+        if isinstance(alias, Convert):
+            assert alias.needs in cfg.flatten(cfg.SCHEMAS["dreamerv3"]())
+
+
+def test_help_finds_aliases(capsys):
+    with pytest.raises(SystemExit):
+        load("--help", "model_lr")
+    assert "--model_lr" in (text := capsys.readouterr().out) and "the same as --optim.lr" in text
