@@ -257,16 +257,17 @@ def test_registered_tasks(task):
 @pytest.mark.parametrize("family", ["envpool.atari", "envpool.mujoco.dmc", "envpool.minigrid"])
 def test_every_id_of_a_family(family):
     """Each envpool id is found by its snake_case name, and a third of them is played."""
-    from fastwm.envs.registry import _FAMILY, _find, _pool_ids, _snake
+    from fastwm.envs.builders import find, pool_ids, snake
+    from fastwm.envs.suites import FAMILY
 
     prefix = {"envpool.atari": "atari", "envpool.minigrid": "minigrid"}.get(family, "dmc")
     suffix = {"atari": "-v5", "dmc": "-v1", "minigrid": "-v0"}[prefix]
-    ids = _pool_ids("test", family)
-    assert prefix in _FAMILY and len(ids) > 40
+    ids = pool_ids("test", family)
+    assert prefix in FAMILY and len(ids) > 40
     for index, env_id in enumerate(ids):
-        name = _snake(env_id.removesuffix(suffix))
+        name = snake(env_id.removesuffix(suffix))
         name = f"MiniGrid-{name}" if env_id.startswith("MiniGrid") else name
-        assert _find("test", prefix, name, ids, suffix) == env_id
+        assert find("test", prefix, name, ids, suffix) == env_id
         if index % 3 == 0:
             with envs.make(f"envpool:{env_id}", 1, **needed(env_id)) as env:
                 assert not check(env, 3).errors
@@ -283,10 +284,10 @@ def needed(env_id):
 
 @pytest.fixture
 def without_envpool(monkeypatch):
-    from fastwm.envs import registry
+    from fastwm.envs import builders
 
     monkeypatch.setitem(sys.modules, "envpool", None)
-    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(builders, "_warned", set())
 
 
 @pytest.mark.parametrize(
