@@ -36,6 +36,11 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
   m.def("twohot_mean(Tensor logits, Tensor bins) -> Tensor");
   m.def("twohot_mean_backward(Tensor grad_mean, Tensor logits, Tensor bins) -> Tensor");
 
+  // gmm: `joint` one mixture (…, M) over vectors (…, M, Z); else one per latent, (…, Z, M) throughout
+  m.def("gmm_nll(Tensor target, Tensor mean, Tensor log_std, Tensor logits, bool joint) -> Tensor");
+  m.def("gmm_nll_backward(Tensor grad_nll, Tensor target, Tensor mean, Tensor log_std, "
+        "Tensor logits, bool joint) -> (Tensor, Tensor, Tensor)");
+
   // latent: noise (…, S) uniform, (…, S, K) Gumbel, or none; `log`: the gradient of log p, else of p
   m.def("latent_sample(Tensor logits, Tensor? noise, float unimix) -> (Tensor, Tensor)");
   m.def("latent_one_hot(Tensor index, int classes) -> Tensor");
@@ -53,6 +58,9 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
         "-> (Tensor, Tensor)");
   m.def("ema_(Tensor(a!)[] slow, Tensor[] fast, float rate, Tensor? finite) -> ()");
 
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
   // rssm: the loop of the posterior sequence; see csrc/ops_cpu_rssm.cpp for what the lists hold
   m.def("rssm_pack(Tensor[] weights, int hidden, int groups) -> Tensor");
   m.def("rssm_step_(Tensor packed, Tensor[] weights, int hidden, Tensor(a!) deters, "

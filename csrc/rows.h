@@ -28,14 +28,21 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes,
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return leading(tensor, 0); }
 
-// A row-major argument of the given sizes, dtype and device.
-inline Tensor rows_arg(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+// Shape, dtype and device at once, for an argument of any leading shape.
+inline void check_rows(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
                        const char* letters, const std::vector<int64_t>& sizes,
                        ScalarType dtype = ScalarType::Float) {
   STD_TORCH_CHECK(sizes_of(tensor) == sizes, op, ": expected ", name, " of shape ", letters, " = ",
                   format_sizes(sizes), ", got ", format_sizes(tensor.sizes()));
   check_dtype(op, name, tensor, dtype);
   check_same_device(op, name, tensor, like);
+}
+
+// The same, row-major.
+inline Tensor rows_arg(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                       const char* letters, const std::vector<int64_t>& sizes,
+                       ScalarType dtype = ScalarType::Float) {
+  check_rows(op, name, tensor, like, letters, sizes, dtype);
   return dense(tensor);
 }
 

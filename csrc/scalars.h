@@ -41,4 +41,21 @@ FWM_HD float lambda_step(float reward, float discount, float trace, float value,
   return reward + discount * lambda_bootstrap(trace, value, next);
 }
 
+// Mixtures of normal distributions. A standard deviation below exp(-20) = 2e-9, closer than two
+// float32 numbers of order one can lie, counts as exp(-20); the gradient ignores the bound.
+constexpr float kMinLogStd = -20.0f;
+
+FWM_HD float gmm_log_std(float log_std) { return log_std < kMinLogStd ? kMinLogStd : log_std; }
+
+// log of (weight * density), less the constants that all components share.
+FWM_HD float gmm_joint(float logit, float log_std, float z) { return logit - log_std - 0.5f * z * z; }
+
+// d nll / d mean and d log_std from the component's share r of the likelihood and z in deviations.
+FWM_HD float gmm_grad_mean(float share, float z, float inverse_std) {
+  return -(share * z) * inverse_std;
+}
+
+// Not share * (1 - z^2): a component too far away has share 0 and z^2 infinite.
+FWM_HD float gmm_grad_log_std(float share, float z) { return share - (share * z) * z; }
+
 }  // namespace fastwm

@@ -10,7 +10,7 @@
 
 namespace fastwm {
 
-// exp(x) for x <= 0, to 1e-7 relative; 0 below -87, NaN for NaN. Inlined, it costs half of a call
+// exp(x) for x <= 0 (and up to 88), to 1e-7 relative; 0 below -87, NaN for NaN. Inlined, it costs half of a call
 // into libmvec. 2^(x / ln 2) = 2^n * exp(r): adding 1.5 * 2^23 rounds to the integer n and leaves n in
 // the low bits, the polynomial is exp on |r| <= ln(2) / 2.
 FWM_HD float exp_nonpos(float x) {
@@ -30,6 +30,31 @@ FWM_HD float exp_nonpos(float x) {
   float power;
   memcpy(&power, &bits, 4);
   return x < -87.0f ? 0.0f : p * power;
+}
+
+// log(x) for 0 < x, to 1e-7 relative or absolute, whichever is larger; what lies below the smallest
+// normal number counts as it; NaN for NaN. x = 2^e * (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
+FWM_HD float log_positive(float x) {
+  const float clamped = x < 1.17549435e-38f ? 1.17549435e-38f : x;
+  uint32_t bits;
+  memcpy(&bits, &clamped, 4);
+  const int32_t shifted = static_cast<int32_t>(bits - 0x3f3504f3u);
+  const int32_t exponent = shifted >> 23;
+  bits -= static_cast<uint32_t>(exponent) << 23;
+  float mantissa;
+  memcpy(&mantissa, &bits, 4);
+  const float f = mantissa - 1.0f, e = static_cast<float>(exponent), square = f * f;
+  float p = 7.0376836292e-2f * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float low = f * square * p + e * -2.12194440e-4f - 0.5f * square;
+  const float y = (f + low) + e * 0.693359375f;
+  return x < INFINITY ? y : x;
 }
 
 // The sum of 16 lanes as a tree. `reduction(+)` of OpenMP adds them one after the other, which takes

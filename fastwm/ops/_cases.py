@@ -66,6 +66,15 @@ def twohot_mean(batch: int) -> Case:
 
 
 @_case
+def gmm_nll(batch: int) -> Case:
+    if batch == 1:  # one mixture over vectors
+        shapes, layout = ((2, 1, 7), (2, 1, 4, 7), (2, 1, 4, 7), (2, 1, 4)), "joint"
+    else:  # one mixture per latent
+        shapes, layout = ((batch, 7), *((batch, 7, 5) for _ in range(3))), "factored"
+    return Case((*(torch.randn(shape) for shape in shapes), layout), wrt=(1, 2, 3))
+
+
+@_case
 def latent_sample(batch: int) -> Case:
     return Case((torch.randn(batch, 5, 7), torch.rand(batch, 5), 0.01), wrt=(0,))
 
