@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastwm import assemble, envs, ops
 from fastwm import config as configs
-from fastwm import envs, ops
 from fastwm.agents.dreamer import DreamerAgent
 from fastwm.replay import Replay
 from fastwm.spaces import Space
@@ -27,6 +27,9 @@ from fastwm.spaces import Space
 VECTOR = {"vector": Space("vector", (24,))}
 IMAGE = {"image": Space("image", (64, 64, 3))}
 ACTION = Space("discrete", (), (6,))
+
+
+assemble.keep_freed_memory()  # as every run does
 
 
 def make_agent(preset: str, obs_space: dict[str, Space], device: str = "cpu") -> DreamerAgent:

@@ -245,13 +245,20 @@ Tensor rssm_pack_cpu(Tensors weights, int64_t hidden, int64_t groups) {
   return packed;
 }
 
-float* slice(const char* op, const char* name, Tensor& all, const Tensor& like, int64_t rows,
-             int64_t steps, int64_t width, int64_t t) {
+// Step t of a trajectory (N, I+1, width...) whose states are contiguous each; see RssmView.
+RssmView slice(const char* op, const char* name, Tensor& all, const Tensor& like, int64_t rows,
+               int64_t steps, int64_t width, int64_t t) {
   check_dtype(op, name, all, ScalarType::Float);
   check_same_device(op, name, all, like);
-  STD_TORCH_CHECK(all.is_contiguous() && all.numel() == rows * steps * width, op, ": expected ",
-                  name, " contiguous of ", rows * steps * width, " numbers, got ", all.numel());
-  return mutable_ptr(all) + t * width;
+  bool whole = all.numel() == rows * steps * width;
+  for (int64_t i = all.dim() - 1, size = 1; i >= 2; size *= all.size(i--)) {
+    whole = whole && (all.size(i) == 1 || all.stride(i) == size);
+  }
+  const int64_t row = all.stride(0), step = all.stride(1);
+  whole = whole && (rows <= 1 || row >= width) && (steps <= 1 || step >= width);
+  STD_TORCH_CHECK(whole, op, ": expected ", name, " of ", rows * steps, " states of ", width,
+                  " adjacent numbers each, got ", all.numel(), " numbers or other strides");
+  return {mutable_ptr(all) + t * step, row, step};
 }
 
 // Writes state t + 1 of deters (N, I+1, D) and stochs (N, I+1, S, K) from state t.
@@ -273,11 +280,12 @@ void rssm_step_cpu(Tensor packed, Tensors weights, int64_t hidden, Tensor deters
   a.action = in.take("action", action, "(N, A)", {n.batch, n.actions});
   if (noise) a.noise = in.take("noise", *noise, "(N, S)", {n.batch, n.groups});
   a.unimix = (float)unimix;
-  a.deter = slice(op, "deters", deters, packed, n.batch, steps, n.deter, t);
-  a.stoch = slice(op, "stochs", stochs, packed, n.batch, steps, n.stoch(), t);
-  a.deter_row = steps * n.deter, a.stoch_row = steps * n.stoch();
-  a.out_deter = {const_cast<float*>(a.deter) + n.deter, a.deter_row, 0};
-  a.one_hot = {const_cast<float*>(a.stoch) + n.stoch(), a.stoch_row, 0};
+  const RssmView deter = slice(op, "deters", deters, packed, n.batch, steps, n.deter, t);
+  const RssmView stoch = slice(op, "stochs", stochs, packed, n.batch, steps, n.stoch(), t);
+  a.deter = deter.data, a.deter_row = deter.row;
+  a.stoch = stoch.data, a.stoch_row = stoch.row;
+  a.out_deter = {deter.at(0, 1), deter.row, 0};
+  a.one_hot = {stoch.at(0, 1), stoch.row, 0};
   RssmSizes group = n;
   group.batch = kRssmGroup;
   a.scratch = rssm_scan_workspace(group);

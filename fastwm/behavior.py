@@ -45,7 +45,14 @@ class Actor(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Policy:
-        x = self.mlp(features)
+        return self.policy(self.mlp(features))
+
+    def recall(self, product: Tensor, features: Tensor) -> Policy:
+        """forward(features) where the first layer's product is known; see NormLinear.recall."""
+        return self.policy(self.mlp.recall(product, features))
+
+    def policy(self, x: Tensor) -> Policy:
+        """The distribution from the last hidden layer."""
         outs = [head(x).float() for head in self.heads.values()]
         if self.space.kind == "discrete":
             return MultiCategorical(outs[0], self.space.classes, self.unimix)
@@ -128,10 +135,14 @@ class ReturnNorm(nn.Module):
 
 
 class ImagOut(NamedTuple):
-    """policy, value: losses (N, I). returns (N, I), advantage (N, I), weight (N, I+1)."""
+    """policy, value: losses (N, I). returns, advantage (N, I); weight, mean (N, I+1).
+
+    mean: the critic's value of every state.
+    """
 
     policy: Tensor
     value: Tensor
+    mean: Tensor
     returns: Tensor
     advantage: Tensor
     weight: Tensor
@@ -158,13 +169,15 @@ def imag_loss(
     that state t is reached, w_0 = c_0. Gradients reach `policy` and `value_logits` only.
     """
     with torch.no_grad():
-        value = ops.twohot_mean(value_logits, bins)
-        returns = ops.lambda_return(reward, value, cont * discount, lam)
+        mean = ops.twohot_mean(value_logits, bins)
+        returns = ops.lambda_return(reward, mean, cont * discount, lam)
         weight = torch.cumprod(cont * discount, 1) / discount
-        advantage = (returns - value[:, :-1]) / scale_of(returns)
+        advantage = (returns - mean[:, :-1]) / scale_of(returns)
     score = policy.log_prob(action)[:, :-1] * advantage + actent * policy.entropy()[:, :-1]
     value_loss = critic_loss(value_logits, returns, slow_value, bins, slow_reg)
-    return ImagOut(-weight[:, :-1] * score, weight[:, :-1] * value_loss, returns, advantage, weight)
+    return ImagOut(
+        -weight[:, :-1] * score, weight[:, :-1] * value_loss, mean, returns, advantage, weight
+    )
 
 
 def critic_loss(

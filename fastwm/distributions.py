@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ class MultiCategorical:
         self.classes, self.unimix = classes, unimix
         self.logits = logits.split(classes, -1)
 
-    @property
+    @cached_property
     def log_probs(self) -> list[Tensor]:
         """Log of the mixed probabilities, one (..., classes[i]) per element."""
         if self.unimix == 0.0:

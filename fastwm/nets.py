@@ -6,6 +6,7 @@ architecture: arXiv:2301.04104 and its 2024 reference implementation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod, sqrt
 
 import torch
@@ -49,10 +50,50 @@ class NormLinear(Linear):
         self.scale = nn.Parameter(torch.ones(out_features))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return ops.rms_silu(super().forward(x), self.scale)
+        return self.finish(super().forward(x))
+
+    def finish(self, product: Tensor) -> Tensor:  # (..., out)
+        """The layer from its product x W^T + b on."""
+        return ops.rms_silu(product, self.scale)
+
+    def recall(self, product: Tensor, x: Tensor) -> Tensor:  # (..., out), (..., in) -> (..., out)
+        """The layer whose product is known from a pass without gradient; none reaches x."""
+        return self.finish(_KnownProduct.apply(product, x, self.weight, self.bias))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weight, self.bias, self.scale
+
+
+class _KnownProduct(torch.autograd.Function):
+    """x W^T + b that was computed before: costs nothing forward, gives W and b their gradients."""
+
+    @staticmethod
+    def forward(ctx, product, x, weight, bias):
+        ctx.save_for_backward(x)
+        return product.view_as(product)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        rows, inputs = grad.flatten(0, -2), x.flatten(0, -2).to(grad.dtype)
+        return None, None, (rows.t() @ inputs).float(), rows.sum(0, dtype=torch.float32)
+
+
+class FirstLayers:
+    """The first layers of several MLPs that read the same features, as one product.
+
+    Use under `torch.no_grad()` while the weights stay as they are.
+    """
+
+    def __init__(self, mlps: Sequence[MLP]) -> None:
+        layers = [mlp[0] for mlp in mlps]
+        self.sizes = [layer.bias.shape[0] for layer in layers]
+        self.weight = torch.cat([layer.weight for layer in layers])
+        self.bias = torch.cat([layer.bias for layer in layers])
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:  # (..., in) -> one (..., units) per MLP
+        return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
 
 
 class BlockLinear(nn.Module):
@@ -100,6 +141,16 @@ class MLP(nn.Sequential):
         super().__init__(*(NormLinear(i, o) for i, o in zip(sizes, sizes[1:], strict=False)))
         self.out_features = sizes[-1]
 
+    def recall(self, product: Tensor, x: Tensor) -> Tensor:
+        """forward(x) where the first layer's product is known; see NormLinear.recall."""
+        return self.rest(self[0].recall(product, x))
+
+    def rest(self, x: Tensor) -> Tensor:
+        """What follows the first layer."""
+        for layer in list(self)[1:]:
+            x = layer(x)
+        return x
+
 
 class Head(nn.Module):
     """An MLP and a linear output of any shape; the output is float32 under autocast too."""
@@ -113,6 +164,10 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         return self.out(self.mlp(x)).float()
+
+    def recall(self, product: Tensor, x: Tensor) -> Tensor:
+        """forward(x) where the first layer's product is known; see NormLinear.recall."""
+        return self.out(self.mlp.recall(product, x)).float()
 
 
 class Conv(nn.Module):

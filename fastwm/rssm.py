@@ -99,12 +99,29 @@ class RSSM(nn.Module):
         self,
         deter: Tensor,  # (N, D)
         stoch: Tensor,  # (N, S, K)
-        policy: Callable[[Tensor, Tensor], Tensor],
+        policy: Callable[[Tensor], Tensor],  # (N, F) -> (N, A)
         length: int,
         noise: Tensor | None,  # (I, N, S) uniform
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (N,I+1,D), (N,I+1,S,K), (N,I+1,A)
-        """Roll the prior forward under a policy, without gradients."""
-        return ops.rssm_imagine(self.weights(), deter, stoch, policy, length, noise, self.unimix)
+    ) -> tuple[Tensor, Tensor]:  # (N, I+1, F), (N, I+1, A)
+        """Roll the prior forward under a policy, without gradients; features as `feat` has them."""
+        features = deter.new_empty(len(deter), length + 1, self.feat_size)
+        steps = iter(features.unbind(1))
+        *_, actions = ops.rssm_imagine(
+            self.weights(),
+            deter,
+            stoch,
+            lambda deter, stoch: policy(next(steps)),
+            length,
+            noise,
+            self.unimix,
+            out=self.split(features),
+        )
+        return features, actions
+
+    def split(self, features: Tensor) -> tuple[Tensor, Tensor]:  # (..., F)
+        """Views of deter (..., D) and stoch (..., S, K)."""
+        deter, stoch = features.split([self.deter, self.latent_size], -1)
+        return deter, stoch.unflatten(-1, (self.stoch, self.classes))
 
 
 def feat(deter: Tensor, stoch: Tensor) -> Tensor:  # (..., D), (..., S, K) -> (..., F)

@@ -13,6 +13,7 @@ from fastwm import ops
 from fastwm.agents.dreamer import DreamerAgent, DreamerModel
 from fastwm.agents.policy import load_policy
 from fastwm.optim import LossScale
+from fastwm.rssm import feat
 from fastwm.spaces import Space
 
 IMAGE, PROPRIO = {"image": Space("image", (64, 64, 3))}, {"vector": Space("vector", (24,))}
@@ -212,9 +213,13 @@ def test_imagination_has_the_configured_length():
     batch = random_batch(agent)
     noise = agent.draw_noise(3, 6)
     _, post = agent.model.world.observe(batch, noise.posterior)
-    deter, stoch, action = agent.imagine(post, 6, noise)
-    assert deter.shape[:2] == stoch.shape[:2] == action.shape[:2] == (18, 5)
-    torch.testing.assert_close(deter[:, 0], post.deter.reshape(18, -1))
+    features, action, products = agent.imagine(post, 6, noise)
+    assert features.shape[:2] == action.shape[:2] == (18, 5)
+    expected = feat(post.deter, post.stoch).reshape(18, -1)
+    torch.testing.assert_close(features[:, 0], expected)
+    for name, mlp in (("actor", agent.model.actor.mlp), ("critic", agent.model.critic.net.mlp)):
+        wanted = torch.nn.functional.linear(features, mlp[0].weight, mlp[0].bias)
+        torch.testing.assert_close(products[name], wanted)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +445,8 @@ def test_value_at_initialisation_is_exactly_zero():
     agent = tiny_agent()
     features = torch.randn(5, agent.model.world.rssm.feat_size)
     assert torch.equal(agent.model.critic.mean(agent.model.critic(features)), torch.zeros(5))
-    assert torch.equal(agent.reward_mean(features), torch.zeros(5))
+    reward = agent.model.world.reward(features)
+    assert torch.equal(ops.twohot_mean(reward, agent.model.world.reward_bins), torch.zeros(5))
 
 
 def test_config_without_continuation_discount():

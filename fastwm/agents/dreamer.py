@@ -16,6 +16,7 @@ from fastwm.agents.policy import RecurrentPolicy, pack_policy
 from fastwm.agents.video import open_loop_video
 from fastwm.behavior import Actor, Critic, ReturnNorm, imag_loss, repl_loss
 from fastwm.config import DreamerConfig
+from fastwm.nets import FirstLayers
 from fastwm.optim import LaProp, LossScale
 from fastwm.rssm import feat
 from fastwm.spaces import Space
@@ -220,12 +221,12 @@ class DreamerAgent:
     ) -> tuple[dict, dict, Tensor]:
         """Imagine from the last rows of the posterior, and train actor and critic."""
         world, critic, config = self.model.world, self.model.critic, self.config
-        deter, stoch, action = self.imagine(post, last, noise)
-        features = feat(deter, stoch)  # (N, I+1, F)
+        features, action, products = self.imagine(post, last, noise)
         with torch.no_grad():
-            reward = self.reward_mean(features)
-            cont = torch.sigmoid(world.cont(features).squeeze(-1))
-            slow = critic.slow_mean(features)
+            reward = world.reward.recall(products["reward"], features)
+            reward = ops.twohot_mean(reward, world.reward_bins)
+            cont = torch.sigmoid(world.cont.recall(products["cont"], features).squeeze(-1))
+            slow = critic.mean(critic.slow.recall(products["slow"], features))
         limits = self.model.return_norm.range
 
         def scale_of(returns: Tensor) -> Tensor:
@@ -234,7 +235,8 @@ class DreamerAgent:
                 limits = self.model.return_norm.moved(returns)
             return self.model.return_norm.scale(limits)
 
-        policy, value_logits = self.model.actor(features), critic(features)
+        policy = self.model.actor.recall(products["actor"], features)
+        value_logits = critic.net.recall(products["critic"], features)
         horizon_discount = 1.0 - 1.0 / config.discount_horizon
         out = imag_loss(
             policy,
@@ -269,23 +271,40 @@ class DreamerAgent:
             "repval": repval,
         }
         metrics = self.behavior_metrics(out, reward, cont, slow, policy, limits)
-        metrics["val"] = critic.mean(value_logits.detach()).mean()
+        metrics["val"] = out.mean.mean()
         return terms, metrics, limits
 
-    def imagine(self, post: Posterior, last: int, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
-        """Roll out from every one of the last rows: (N, I+1, ...) without gradients."""
-        actor, horizon = self.model.actor, self.config.imag_horizon
+    @torch.no_grad()
+    def imagine(
+        self, post: Posterior, last: int, noise: Noise
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Roll out from every one of the last rows, without gradients.
+
+        Returns features (N, I+1, F), actions (N, I+1, A), and what the first layer of every head
+        made of the features before its norm, (N, I+1, units) by name: each state is read once.
+        """
+        model, horizon = self.model, self.config.imag_horizon
+        heads = {
+            "actor": model.actor.mlp,
+            "critic": model.critic.net.mlp,
+            "slow": model.critic.slow.mlp,
+            "reward": model.world.reward.mlp,
+            "cont": model.world.cont.mlp,
+        }
+        first = FirstLayers(list(heads.values()))
         draws = iter([None] * (horizon + 1) if noise.action is None else noise.action)
-
-        def policy(deter: Tensor, stoch: Tensor) -> Tensor:
-            return actor(feat(deter, stoch)).sample(next(draws))
-
         start = (post.deter[:, -last:].detach(), post.stoch[:, -last:].detach())
         deter, stoch = (x.reshape(-1, *x.shape[2:]) for x in start)
-        return self.model.world.rssm.imagine(deter, stoch, policy, horizon, noise.prior)
+        steps: list[tuple[Tensor, ...]] = []
 
-    def reward_mean(self, features: Tensor) -> Tensor:
-        return ops.twohot_mean(self.model.world.reward(features), self.model.world.reward_bins)
+        def policy(features: Tensor) -> Tensor:
+            steps.append(first(features))
+            x = model.actor.mlp[0].finish(steps[-1][0])
+            return model.actor.policy(model.actor.mlp.rest(x)).sample(next(draws))
+
+        features, action = model.world.rssm.imagine(deter, stoch, policy, horizon, noise.prior)
+        products = (torch.stack(parts, 1) for parts in zip(*steps, strict=True))
+        return features, action, dict(zip(heads, products, strict=True))
 
     @torch.no_grad()
     def behavior_metrics(self, out, reward, cont, slow, policy, limits) -> dict[str, Tensor]:

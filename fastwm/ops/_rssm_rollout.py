@@ -162,13 +162,15 @@ def _rollout(weights, *args):
     return (FusedRollout if fused else LibraryRollout)(weights, *args)
 
 
-def imagine(weights, deter, stoch, policy, length, noise, unimix):
+def imagine(weights, deter, stoch, policy, length, noise, unimix, out):
     """`rssm_imagine` on checked inputs."""
     count, groups, classes = stoch.shape
-    deters = deter.new_empty(count, length + 1, deter.shape[1])
-    stochs = deter.new_empty(count, length + 1, groups, classes)
+    if out is None:
+        deters = deter.new_empty(count, length + 1, deter.shape[1])
+        out = deters, deter.new_empty(count, length + 1, groups, classes)
+    deters, stochs = out
     deters[:, 0], stochs[:, 0] = deter, stoch
-    action = policy(deter, stoch)
+    action = policy(deters[:, 0], stochs[:, 0])
     actions = action.new_empty(count, length + 1, action.shape[1])
     actions[:, 0] = action
     rollout = _rollout(weights, deters, stochs, unimix)

@@ -149,18 +149,21 @@ def rssm_imagine_ref(
     length: int,
     noise: Tensor | None = None,  # (length, N, S)
     unimix: float = 0.01,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain PyTorch form of `rssm_imagine`."""
-    groups = stoch.shape[-2]
-    deters, stochs, actions = [deter], [stoch], [policy(deter, stoch)]
-    for step in range(length):
-        deter = gru_step_ref(weights, deter, stoch.flatten(-2), actions[-1])
-        logits = rssm_prior_ref(weights, deter, groups)
-        stoch = _sample(logits, None if noise is None else noise[step], unimix)
-        deters.append(deter)
-        stochs.append(stoch)
+    groups, states, actions = stoch.shape[-2], [], []
+    for step in range(length + 1):
+        if step:
+            deter = gru_step_ref(weights, deter, stoch.flatten(-2), actions[-1])
+            logits = rssm_prior_ref(weights, deter, groups)
+            stoch = _sample(logits, None if noise is None else noise[step - 1], unimix)
+        if out is not None:
+            deter, stoch = out[0][:, step].copy_(deter), out[1][:, step].copy_(stoch)
+        states.append((deter, stoch))
         actions.append(policy(deter, stoch))
-    return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(actions, 1)
+    deters, stochs = out or (torch.stack(parts, 1) for parts in zip(*states, strict=True))
+    return deters, stochs, torch.stack(actions, 1)
 
 
 def gru_step(
@@ -346,6 +349,7 @@ def rssm_imagine(
     length: int,
     noise: Tensor | None = None,  # (length, N, S) float in [0, 1), or None for the mode
     unimix: float = 0.01,
+    out: tuple[Tensor, Tensor] | None = None,  # (N, length+1, D), (N, length+1, S, K) float32
 ) -> tuple[Tensor, Tensor, Tensor]:  # (N, length+1, D), (N, length+1, S, K), (N, length+1, A)
     """Roll the prior forward under a policy, without gradient.
 
@@ -354,6 +358,9 @@ def rssm_imagine(
             the last one included.
         length: number of steps I.
         noise: uniform numbers, the inverse CDF gives the class; None takes the mode.
+        out: where the states go, and what the policy is then given slices of. The numbers of one
+            state must be adjacent; two slices of one (N, length+1, D+S*K) tensor lay the states
+            out as the features that heads read.
     Returns:
         deter, stoch (one-hot) and action at the I+1 states; state 0 is the start.
     Raises:
@@ -372,6 +379,10 @@ def rssm_imagine(
         check_shape(op, "noise", noise, "(length, N, S)", (length, count, groups))
     if not 0.0 <= unimix <= 1.0 or length < 0:
         raise ValueError(f"{op}: expected unimix in [0, 1] and length >= 0, got {unimix}, {length}")
+    if out is not None:
+        check_shape(op, "out[0]", out[0], "(N, length+1, D)", (count, length + 1, deter.shape[1]))
+        shape = (count, length + 1, groups, classes)
+        check_shape(op, "out[1]", out[1], "(N, length+1, S, K)", shape)
     deter, stoch, noise = _as_weights(op, weights, deter=deter, stoch=stoch, noise=noise)
     roll = rollout.imagine if _backend.fused_wanted() else rssm_imagine_ref
-    return roll(weights, deter, stoch, policy, length, noise, unimix)
+    return roll(weights, deter, stoch, policy, length, noise, unimix, out)

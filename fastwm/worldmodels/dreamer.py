@@ -116,14 +116,15 @@ class WorldModel(nn.Module):
         _, post = self.observe(seen, noise)
         actions = self.encode_action(batch["prev_action"])[:, context:]
         steps = iter([*actions.unbind(1), torch.zeros_like(actions[:, 0])])
-        deter, stoch, _ = self.rssm.imagine(
+        features, _ = self.rssm.imagine(
             post.deter[:, -1],
             post.stoch[:, -1],
-            lambda deter, stoch: next(steps),
+            lambda features: next(steps),
             actions.shape[1],
             imag_noise,
         )
-        deter = torch.cat([post.deter, deter[:, 1:]], 1)
-        stoch = torch.cat([post.stoch, stoch[:, 1:]], 1)
+        deter, stoch = self.rssm.split(features[:, 1:])
+        deter = torch.cat([post.deter, deter], 1)
+        stoch = torch.cat([post.stoch, stoch], 1)
         recon = self.decoder(deter, stoch.flatten(-2))
         return {key: recon[key] for key in self.decoder.image_keys}
