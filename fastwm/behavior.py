@@ -65,6 +65,16 @@ class Actor(nn.Module):
         draw = torch.rand if discrete else torch.randn
         return draw(*lead, width, generator=generator, device=generator.device)
 
+    def random(self, count: int, generator: torch.Generator) -> Tensor:  # -> (count, A)
+        """Encoded actions drawn uniformly, whatever the state."""
+        width, device = self.space.encoded_size, generator.device
+        if self.space.kind != "discrete":
+            return 2.0 * torch.rand(count, width, generator=generator, device=device) - 1.0
+        uniform = MultiCategorical(
+            torch.zeros(count, width, device=device), self.space.classes, 1.0
+        )
+        return uniform.sample(self.noise((count,), generator))
+
     def to_env(self, action: Tensor) -> Tensor:
         """Encoded actions (N, A) -> what the environment takes (N, *shape)."""
         if self.space.kind != "discrete":

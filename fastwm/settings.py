@@ -144,7 +144,8 @@ def type_name(hint: Any) -> str:
         return " or ".join("'none'" if a is NoneType else type_name(a) for a in args)
     if origin is tuple:
         count = "" if args[-1] is Ellipsis else f"{len(args)} "
-        return f"{count}integers like 1,2" if args[0] is int else f"{count}numbers like 1,2"
+        kind = {int: "integers like 1,2", str: "names like a,b"}.get(args[0], "numbers like 1,2")
+        return count + kind
     return {
         int: "an integer",
         float: "a number",

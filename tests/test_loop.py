@@ -108,6 +108,46 @@ def test_updates_follow_the_train_ratio_after_the_start_gate(tmp_path):
     assert rows(tmp_path)[-1]["train/opt/skipped"] == 0
 
 
+def test_prefill_acts_at_random_and_pretrain_comes_once(tmp_path):
+    options = ["--replay.prefill", "64", "--replay.pretrain", "3", "--train_ratio", "1"]
+    run = make(tmp_path, *options)
+    run.begin(None)
+    modes, act = [], run.agent.act
+
+    def watched(rows, state, mode):
+        modes.append(mode)
+        return act(rows, state, mode)
+
+    run.agent.act = watched
+    counts = []
+    while run.env_steps < 128:
+        run.act()
+        run.learn()
+        counts.append((run.env_steps, run.updates))
+    assert modes == ["random"] * 16 + ["train"] * 16
+    assert all(updates == 0 for steps, updates in counts if steps < 64)
+    assert dict(counts)[64] == 1 + 3
+    assert counts[-1][1] == 4 + 64 // 32  # then as the train ratio says
+
+
+@pytest.mark.parametrize("task", ["cartpole", "pendulum"])
+def test_random_actions_do_not_look(tmp_path, task):
+    run = make(tmp_path, "--task", task)
+    run.begin(None)
+    found = []
+    for _ in range(200):
+        action, run.state, _ = run.agent.act(run.rows, run.state, "random")
+        found.append(action)
+        if task == "pendulum":
+            assert np.allclose(run.state["action"].cpu().numpy(), action)
+        run.rows = run.envs.step(action)
+    values = np.concatenate(found).ravel()
+    if task == "pendulum":
+        assert abs(values.mean()) < 0.1 and 0.5 < values.std() < 0.65  # uniform on [-1, 1]: 0.577
+    else:
+        assert 0.4 < values.mean() < 0.6
+
+
 def test_evaluation_saves_the_best_and_stops(tmp_path):
     run = make(
         tmp_path,

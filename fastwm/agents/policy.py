@@ -13,7 +13,7 @@ from fastwm.nets import Encoder
 from fastwm.rssm import RSSM, feat
 from fastwm.spaces import Space
 
-MODES = ("train", "sample", "greedy")
+MODES = ("train", "sample", "greedy", "random")
 FORMAT = "fastwm-policy-1"
 
 
@@ -40,7 +40,8 @@ class RecurrentPolicy(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Actions (N, *shape) and the next state; `is_first` rows forget theirs.
 
-        mode: "train" and "sample" draw actions, "greedy" takes the most likely ones.
+        mode: "train" and "sample" draw actions, "greedy" takes the most likely ones, "random" draws
+        them without looking.
         """
         if mode not in MODES:
             raise ValueError(f"act: expected mode to be one of {MODES}, got {mode!r}")
@@ -56,9 +57,11 @@ class RecurrentPolicy(nn.Module):
             noise,
         )
         deter, stoch = deter.squeeze(1), stoch.squeeze(1)
-        dist = self.actor(feat(deter, stoch))
-        greedy = mode == "greedy"
-        action = dist.sample(None if greedy else self.actor.noise((count,), generator))
+        if mode == "random":
+            action = self.actor.random(count, generator)
+        else:
+            draw = None if mode == "greedy" else self.actor.noise((count,), generator)
+            action = self.actor(feat(deter, stoch)).sample(draw)
         return self.actor.to_env(action), {"deter": deter, "stoch": stoch, "action": action}
 
 

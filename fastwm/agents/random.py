@@ -45,7 +45,7 @@ class RandomAgent:
     ) -> tuple[np.ndarray, tuple, dict]:
         """Rows of N environments -> (action (N, *shape), the same state, no latents)."""
         random = self.generator
-        if mode != "train":  # evaluation leaves the training sequence alone
+        if mode not in ("train", "random"):  # evaluation leaves the training sequence alone
             seed = 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
             random = np.random.default_rng(seed)
         shape = (len(rows["is_first"]), *self.act_space.shape)

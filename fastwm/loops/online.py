@@ -104,8 +104,9 @@ class OnlineRun:
     def act(self) -> None:
         """One decision in every environment; its row goes into the replay."""
         time = self.logger.time
+        mode = "random" if self.env_steps < self.config.replay.prefill else "train"
         with time("policy"):
-            action, self.state, latents = self.agent.act(self.rows, self.state, "train")
+            action, self.state, latents = self.agent.act(self.rows, self.state, mode)
         if self.replay is not None:
             with time("replay"):
                 last = self.rows["is_last"].reshape(-1, *[1] * (action.ndim - 1))
@@ -120,11 +121,14 @@ class OnlineRun:
         """As many updates as the train ratio asks for, once the replay holds enough."""
         if self.replay is None or not self._may_learn():
             return
-        for _ in range(self.ratio(self.env_steps)):
+        pretrain = self.config.replay.pretrain if self.updates == 0 else 0
+        for _ in range(self.ratio(self.env_steps) + pretrain):
             self._update()
 
     def _may_learn(self) -> bool:
         config = self.config
+        if self.env_steps < config.replay.prefill:
+            return False
         rows = config.batch_length * (config.batch_size + config.envs)
         most = config.replay.capacity // config.envs * config.envs
         return len(self.replay) >= min(rows, most) and self.replay.can_sample(config.batch_size)

@@ -53,7 +53,8 @@ class Transfer:
     def write_back(self, ids: torch.Tensor, latents: Batch, finite: torch.Tensor) -> None:
         """Store an update's latents, unless the update was not finite.
 
-        Args: ids: (B, 2) of the batch. latents: deter (B, T, D), stoch (B, T, S). finite: 0-d bool.
+        Args: ids: (B, 2) of the batch. latents: deter (B, T, D), stoch (B, T, S), or nothing for
+        an agent that stores none. finite: 0-d bool.
         """
         self.flush()
         if not self.pinned:
@@ -73,7 +74,7 @@ class Transfer:
             self._store(ids, latents, finite)
 
     def _store(self, ids: torch.Tensor, latents: Batch, finite: torch.Tensor) -> None:
-        if bool(finite):
+        if latents and bool(finite):
             self.replay.update_latents(ids, latents["deter"], latents["stoch"])
 
 

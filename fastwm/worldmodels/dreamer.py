@@ -61,15 +61,13 @@ class WorldModel(nn.Module):
     def observe(self, batch: dict[str, Tensor], noise: Tensor | None) -> tuple[Tensor, Posterior]:
         """Tokens (B, T, E) and the posterior of a replay batch (see fastwm.replay)."""
         tokens = self.encoder(batch)
-        post = self.rssm.observe(
-            batch["deter"].float(),
-            self.rssm.one_hot(batch["stoch"]),
-            tokens,
-            self.encode_action(batch["prev_action"]),
-            batch["is_first"],
-            noise,
-        )
-        return tokens, Posterior(*post)
+        deter, stoch, is_first = self.start(batch)
+        action = self.encode_action(batch["prev_action"])
+        return tokens, Posterior(*self.rssm.observe(deter, stoch, tokens, action, is_first, noise))
+
+    def start(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The state (B, D), (B, S, K) before the first row, and which rows reset it (B, T)."""
+        return batch["deter"].float(), self.rssm.one_hot(batch["stoch"]), batch["is_first"]
 
     def losses(self, batch: dict[str, Tensor], post: Posterior) -> tuple[dict, dict]:
         """World-model losses by name, each (B, T), and metrics."""
@@ -112,7 +110,7 @@ class WorldModel(nn.Module):
         (T - context, B, S) are uniform.
         """
         seen = {key: value[:, :context] for key, value in batch.items() if value.dim() > 1}
-        seen["deter"], seen["stoch"] = batch["deter"], batch["stoch"]
+        seen |= {key: batch[key] for key in ("deter", "stoch") if key in batch}
         _, post = self.observe(seen, noise)
         actions = self.encode_action(batch["prev_action"])[:, context:]
         steps = iter([*actions.unbind(1), torch.zeros_like(actions[:, 0])])
