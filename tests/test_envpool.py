@@ -231,6 +231,7 @@ REGISTERED = [
     "dummy",
     "dummy_image",
     "carracing",
+    "takecover",
     "atari_pong",
     "dmc_walker_walk",
     "dmc_cartpole_swingup",

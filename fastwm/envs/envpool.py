@@ -8,6 +8,7 @@ What envpool really does, and what this adapter does about it:
 - the seed of reset() is ignored: every environment gets its own seed at construction;
 - undeclared bounds appear as the smallest and largest double: refused, unless `bounds` is given;
 - images are (C, H, W) or (H, W, C) by family; doubles: converted to (H, W, C) uint8 and float32;
+- ViZDoom's games write into the current folder: they are started in one of their own;
 - repeating an action by its `frame_skip` drops rewards in the MuJoCo families: repeated truly here.
 Returned arrays are fresh on every call, so nothing is copied that needs no conversion.
 """
@@ -78,7 +79,12 @@ class EnvpoolEnv(VecEnv):
     def _make_pool(
         self, envpool: Any, env_id: str, render_mode: str | None, settings: dict
     ) -> None:
+        from fastwm.envs.vizdoom import sandboxed
+
         self._env_id, self._render_mode = env_id, render_mode
+        self._pool = None  # set before the folder, so that it also goes before the folder
+        more, self._folder = sandboxed(env_id)
+        settings = {**more, **settings}
         if render_mode is not None:
             settings = {**settings, "render_mode": render_mode}
         seeds = spread_seeds(self.seed, self.num_envs)
@@ -157,8 +163,8 @@ class EnvpoolEnv(VecEnv):
             return None
 
     def close(self) -> None:
-        # The pool has no close; its threads end with the last reference.
-        self._pool = None
+        # The pool has no close; its threads end with the last reference, and Doom with them.
+        self._pool = self._folder = None
 
 
 def _select(tree: Any, ids: np.ndarray) -> Any:

@@ -142,6 +142,26 @@ def _minigrid(
     return first_of(task, pool, package)
 
 
+def _takecover(
+    task: str,
+    num_envs: int,
+    seed: int,
+    *,
+    obs: ObsOptions,
+    action_repeat: int = 1,
+    actions: str = "discrete",
+    length: int = 2100,
+) -> VecEnv:
+    """ViZDoom's TakeCover: actions "discrete" or "continuous"; length in tics."""
+    from fastwm.envs.envpool import load_envpool
+
+    load_envpool(task)
+    from fastwm.envs.vizdoom import TakeCover
+
+    options = {"action_repeat": action_repeat, "actions": actions, "length": length}
+    return TakeCover(num_envs, seed, task=task, obs=obs, **options)
+
+
 def _dummy(
     task: str,
     num_envs: int,
@@ -181,5 +201,6 @@ TASKS: dict[str, Callable] = {
     "dummy": _dummy,
     "dummy_image": _dummy_image,
     "pendulum": either("Pendulum-v1"),
+    "takecover": _takecover,
 }
 FAMILY: dict[str, Callable] = {"atari": _atari, "dmc": _dmc, "minigrid": _minigrid}
