@@ -19,6 +19,7 @@ __all__ = [
     "symexp",
     "symexp_bins",
     "symlog",
+    "symlog_bins",
     "twohot_loss",
     "twohot_loss_ref",
     "twohot_mean",
@@ -60,6 +61,28 @@ def symexp_bins(n: int, device: torch.device | str | None = None) -> Tensor:  # 
     mirrored = half if n % 2 == 0 else half[:-1]
     bins = torch.cat([half, -mirrored.flip(0)]).to(torch.float32)
     return (bins + 0.0).to(device)  # + 0.0: no negative zero
+
+
+def symlog_bins(n: int, device: torch.device | str | None = None) -> Tensor:  # (V,)
+    """The n evenly spaced bins from -20 to 20 of the 2023 algorithm, on the symlog scale.
+
+    Use them with `squash=True` in `twohot_loss` and `twohot_mean`. Even n has no zero bin. Exactly
+    antisymmetric, built like `symexp_bins`.
+
+    Args:
+        n: number of bins, at least 2.
+        device: where the bins shall live.
+    Returns:
+        (V,) float32, ascending.
+    Raises:
+        ValueError: n < 2.
+    Equivalent to:
+        torch.linspace(-20, 20, n)
+    """
+    if n < 2:
+        raise ValueError(f"symlog_bins: expected n >= 2, got {n}")
+    line = torch.linspace(-BIN_LIMIT, BIN_LIMIT, n, dtype=torch.float64)
+    return (0.5 * (line - line.flip(0))).to(torch.float32).to(device)
 
 
 def _as_pair(
@@ -121,9 +144,12 @@ def twohot_loss_ref(
     target: Tensor | Sequence[Tensor],  # (…) or a pair of (…)
     bins: Tensor,  # (V,)
     weights: Sequence[float] | None = None,
+    *,
+    squash: bool = False,
 ) -> Tensor:  # (…)
     """`twohot_loss` in plain PyTorch."""
     targets, scale = _as_pair(target, weights)
+    targets = [symlog(goal) for goal in targets] if squash else targets
     log_probs = torch.log_softmax(_wide(logits), -1)
     bins = bins.to(log_probs.dtype)
     loss = torch.zeros_like(log_probs[..., 0])
@@ -141,6 +167,8 @@ def twohot_loss(
     target: Tensor | Sequence[Tensor],  # (…) or a pair of (…)
     bins: Tensor,  # (V,)
     weights: Sequence[float] | None = None,
+    *,
+    squash: bool = False,
 ) -> Tensor:  # (…)
     """Cross entropy between the two-hot code of a number and softmax(logits).
 
@@ -154,6 +182,8 @@ def twohot_loss(
             logits and gives weights[0]*CE(target[0]) + weights[1]*CE(target[1]).
         bins: (V,) float32, ascending.
         weights: one number per target; ones if left out.
+        squash: the bins lie on the symlog scale: the target goes through `symlog` first (the 2023
+            algorithm, with `symlog_bins`).
     Returns:
         (…) float32. Gradient: logits only.
     Raises:
@@ -166,8 +196,9 @@ def twohot_loss(
     _check_logits("twohot_loss", logits, bins)
     _check_targets(logits, targets)
     if not _fused(logits):
-        return twohot_loss_ref(logits, targets, bins, scale)
+        return twohot_loss_ref(logits, targets, bins, scale, squash=squash)
     targets = [goal.detach().float() for goal in targets]
+    targets = [symlog(goal) for goal in targets] if squash else targets
     second = targets[1] if len(targets) == 2 else None
     args = (logits.float(), bins.float(), targets[0], second, scale[0], scale[-1])
     return _TwohotLoss.apply(*args) if wants_grad(logits) else raw.twohot_loss(*args)[0]
@@ -198,17 +229,28 @@ def _(grad_loss, exp_sum, logits, bins, target, second, weight, second_weight):
     return logits.new_empty(logits.shape)
 
 
-def twohot_mean_ref(logits: Tensor, bins: Tensor) -> Tensor:  # (…, V), (V,) -> (…)
+def twohot_mean_ref(
+    logits: Tensor,  # (…, V)
+    bins: Tensor,  # (V,)
+    *,
+    squash: bool = False,
+) -> Tensor:  # (…)
     """`twohot_mean` in plain PyTorch."""
     probs = torch.softmax(_wide(logits), -1)
     count = bins.shape[0]
     half = count // 2
     upper = probs[..., count - half :]
     lower = probs[..., :half].flip(-1)
-    return ((upper - lower) * bins[count - half :].to(probs.dtype)).sum(-1)
+    mean = ((upper - lower) * bins[count - half :].to(probs.dtype)).sum(-1)
+    return symexp(mean) if squash else mean
 
 
-def twohot_mean(logits: Tensor, bins: Tensor) -> Tensor:  # (…, V), (V,) -> (…)
+def twohot_mean(
+    logits: Tensor,  # (…, V)
+    bins: Tensor,  # (V,)
+    *,
+    squash: bool = False,
+) -> Tensor:  # (…)
     """The mean of softmax(logits) over antisymmetric bins.
 
     sum_i b_i (p_(+i) - p_(-i)) over the positive bins: the same number as sum_v b_v p_v, but
@@ -217,6 +259,8 @@ def twohot_mean(logits: Tensor, bins: Tensor) -> Tensor:  # (…, V), (V,) -> (�
     Args:
         logits: (…, V) float32 or bfloat16.
         bins: (V,) float32, antisymmetric: bins[i] == -bins[V-1-i].
+        squash: the bins lie on the symlog scale: the mean there goes through `symexp` (the 2023
+            algorithm, with `symlog_bins`).
     Returns:
         (…) float32. Gradient: logits.
     Raises:
@@ -226,9 +270,10 @@ def twohot_mean(logits: Tensor, bins: Tensor) -> Tensor:  # (…, V), (V,) -> (�
     """
     _check_logits("twohot_mean", logits, bins)
     if not _fused(logits):
-        return twohot_mean_ref(logits, bins)
+        return twohot_mean_ref(logits, bins, squash=squash)
     args = (logits.float(), bins.float())
-    return _TwohotMean.apply(*args) if wants_grad(logits) else raw.twohot_mean(*args)
+    mean = _TwohotMean.apply(*args) if wants_grad(logits) else raw.twohot_mean(*args)
+    return symexp(mean) if squash else mean
 
 
 class _TwohotMean(torch.autograd.Function):

@@ -111,13 +111,44 @@ def test_targets_on_bins_between_bins_and_beyond(variant):
 
 def test_linear_symlog_bins_of_2023(variant):
     """Bins on a line, target through symlog: the worked example of 100 on 255 bins."""
-    bins = torch.linspace(-20, 20, 255)
     logits = torch.randn(255)
-    loss = twohot_loss(logits, ops.symlog(torch.tensor(100.0)), bins)
+    loss = twohot_loss(logits, torch.tensor(100.0), ops.symlog_bins(255), squash=True)
     log_p = torch.log_softmax(logits, 0)
     torch.testing.assert_close(
         loss, -(0.69398 * log_p[156] + 0.30602 * log_p[157]), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("count", [2, 3, 40, 255])
+def test_squashed_loss_and_mean_match_reference(count, variant, close, near):
+    logits, targets, _ = inputs((3, 2), count, spread=1.0)
+    bins, wide = ops.symlog_bins(count), double(logits)
+    assert torch.equal(bins, -bins.flip(0)) and (bins.diff() > 0).all()
+    torch.testing.assert_close(bins, torch.linspace(-20, 20, count), rtol=1e-6, atol=1e-6)
+    pair = (targets, (1.0, 0.3))
+    loss = twohot_loss(logits, pair[0], bins, pair[1], squash=True)
+    expected = twohot_loss_ref(wide, [ops.symlog(t.double()) for t in targets], bins, pair[1])
+    close(loss, expected, rtol=1e-4, atol=1e-5)  # the target's symlog is rounded to float32
+    near(gradient(loss, logits).double(), gradient(expected, wide), 1e-4, "loss")
+    mean, exact = twohot_mean(logits, bins, squash=True), twohot_mean_ref(wide, bins, squash=True)
+    close(mean, exact, rtol=2e-5, atol=1e-5)
+    near(gradient(mean, logits).double(), gradient(exact, wide), 2e-5, "mean")
+    assert torch.equal(twohot_mean(torch.zeros(count), bins, squash=True), torch.zeros(()))
+
+
+def test_golden_symlog_2023(golden, near, variant):
+    data = golden("twohot_symlog_2023")
+    logits, bins = data["logits"].requires_grad_(), ops.symlog_bins(255)
+    loss = twohot_loss(logits, data["target"], bins, squash=True)
+    torch.testing.assert_close(-loss, data["log_prob"], rtol=1e-4, atol=1e-4)
+    expected = data["grad_of_weighted_log_prob"]
+    (grad,) = torch.autograd.grad(-loss, logits, torch.ones_like(loss))
+    # Per row the golden is our gradient times a weight; find the weight by projection.
+    weight = (grad * expected).sum(-1, keepdim=True) / grad.square().sum(-1, keepdim=True)
+    near(grad * weight, expected, 1e-4, "grad")
+    mean = twohot_mean(logits, bins, squash=True)
+    error = (mean - data["mean"]).abs() / (1 + data["mean"].abs())
+    assert error.max() < 1e-4
 
 
 def test_not_a_number_stays_in_its_row(variant):
@@ -202,6 +233,8 @@ def test_bad_input_messages(variant):
         twohot_mean(logits, bins[1:])
     with pytest.raises(ValueError, match="expected n >= 2, got 1"):
         ops.symexp_bins(1)
+    with pytest.raises(ValueError, match="symlog_bins: expected n >= 2, got 0"):
+        ops.symlog_bins(0)
 
 
 @fused_only
