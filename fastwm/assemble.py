@@ -26,6 +26,7 @@ from fastwm.spaces import Space
 
 AGENTS = {
     "dreamerv3": "fastwm.agents.dreamer:DreamerAgent",
+    "modular": "fastwm.agents.modular:ModularAgent",
     "random": "fastwm.agents.random:RandomAgent",
 }
 # What a person can put right: shown as one line, without a traceback.

@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 from fastwm import config_aliases
 from fastwm.config_dreamer import DreamerConfig
+from fastwm.config_modular import ModularConfig
 from fastwm.settings import (
     ConfigError,
     coerce,
@@ -28,8 +29,16 @@ from fastwm.settings import (
     write_toml,
 )
 
-SCHEMAS: dict[str, type] = {"dreamerv3": DreamerConfig, "random": DreamerConfig}
-DEFAULT_PRESETS = {"dreamerv3": ("cartpole",), "random": ("cartpole",)}  # when none is named
+SCHEMAS: dict[str, type] = {
+    "dreamerv3": DreamerConfig,
+    "modular": ModularConfig,
+    "random": DreamerConfig,
+}
+DEFAULT_PRESETS = {  # when none is named
+    "dreamerv3": ("cartpole",),
+    "modular": ("modular_cartpole",),
+    "random": ("cartpole",),
+}
 
 
 # ---- reading

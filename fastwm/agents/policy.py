@@ -159,9 +159,17 @@ def load_policy(
         )
     obs_space = {key: Space.from_dict(space) for key, space in data["obs_space"].items()}
     act_space, options = Space.from_dict(data["act_space"]), data["options"]
-    encoder = Encoder(obs_space, **options["encoder"])
-    rssm = RSSM(encoder.out_features, act_space.encoded_size, **options["rssm"])
-    actor = Actor(rssm.feat_size, act_space, **options["actor"])
-    policy = RecurrentPolicy(encoder, rssm, actor)
+    policy = _rebuild(obs_space, act_space, options)
     policy.load_state_dict(data["weights"])
     return LoadedPolicy(policy.to(device), obs_space, seed)
+
+
+def _rebuild(obs_space: dict[str, Space], act_space: Space, options: dict) -> nn.Module:
+    """The policy that the options describe, with fresh weights."""
+    if options.get("kind") == "modular":
+        from fastwm.agents.modular_policy import rebuild
+
+        return rebuild(obs_space, act_space, options)
+    encoder = Encoder(obs_space, **options["encoder"])
+    rssm = RSSM(encoder.out_features, act_space.encoded_size, **options["rssm"])
+    return RecurrentPolicy(encoder, rssm, Actor(rssm.feat_size, act_space, **options["actor"]))
