@@ -146,7 +146,7 @@ def _algorithm(names: list[str]) -> tuple[str, list[str]]:
     if found:
         return found[0], presets
     for name in presets:
-        if name.endswith(".toml"):
+        if name.endswith(".toml") or name in preset_names():
             algorithm = _read(find_preset(name)).get("algorithm")
             if algorithm is not None:
                 return str(algorithm), presets

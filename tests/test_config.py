@@ -12,6 +12,11 @@ from fastwm import config as cfg
 PRESETS = cfg.preset_names()
 
 
+def algorithm_of(preset: str) -> str:
+    tree = tomllib.loads((cfg.preset_folder() / f"{preset}.toml").read_text())
+    return tree.get("algorithm", "dreamerv3")
+
+
 def message(*argv: str) -> str:
     with pytest.raises(cfg.ConfigError) as error:
         cfg.load(argv)
@@ -130,7 +135,9 @@ def test_bad_file_names_itself(tmp_path):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_loads_and_reads_back(preset, tmp_path):
-    config, _ = cfg.load(["dreamerv3", preset, "--task", "x", "--env.options.note", 'a"b\\c'])
+    config, _ = cfg.load(
+        [algorithm_of(preset), preset, "--task", "x", "--env.options.note", 'a"b\\c']
+    )
     path = tmp_path / "config.toml"
     path.write_text(cfg.to_toml(config))
     assert cfg.load([str(path)])[0] == config
@@ -143,10 +150,15 @@ def test_presets_hold_only_differences(preset):
     """The values of size200m are the defaults; every other preset states what deviates."""
     if preset == "size200m":  # whoever stacks it after another size wants all of it
         return
-    plain = cfg.flatten(cfg.DreamerConfig())
+    plain = cfg.flatten(cfg.SCHEMAS[algorithm_of(preset)]())
     tree = tomllib.loads((cfg.preset_folder() / f"{preset}.toml").read_text())
-    given = cfg.flatten(cfg.load(["dreamerv3", preset, "--task", "x"])[0])
-    allowed = {"task", "envs", "train_ratio"}  # a benchmark states these even where default
+    given = cfg.flatten(cfg.load([algorithm_of(preset), preset, "--task", "x"])[0])
+    allowed = {
+        "task",
+        "algorithm",
+        "envs",
+        "train_ratio",
+    }  # a benchmark states these even where default
     same = [k for k in cfg._flat(tree) if k in given and given[k] == plain[k] and k not in allowed]
     assert not same
 

@@ -179,13 +179,14 @@ class ModularAgent:
         """Actions (N, *shape) for a row of every environment, the next state, nothing to store.
 
         rows: observations and is_first (see fastwm.envs). mode: "train" and "sample" draw actions,
-        "greedy" takes the mode; "train" counts env_steps, which end the warm-up.
+        "greedy" takes the mode, "random" does not look. generator: of an evaluation; without one
+        the rows count as env_steps, which end the warm-up.
         """
         obs = {key: torch.as_tensor(rows[key]).to(self.device) for key in self.obs_space}
         is_first = torch.as_tensor(rows["is_first"]).to(self.device)
         source = self.act_generator if generator is None else generator
         action, state = self.policy.step(obs, state, is_first, mode, source)
-        if mode == "train":
+        if generator is None:  # not an evaluation
             self.env_steps += len(rows["is_first"])
         return action.cpu().numpy(), state, {}
 

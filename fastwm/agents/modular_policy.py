@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastwm.agents.policy import MODES
@@ -54,11 +55,23 @@ class ModularPolicy(nn.Module):
         states, carry = self.representation.encode(
             features, state["action"].unsqueeze(1), is_first.unsqueeze(1), state["carry"]
         )
-        noise = None
-        if mode != "greedy":
-            noise = self.actor.noise((states.shape[0],), generator)
-        action = self.actor(states.squeeze(1)).sample(noise)
+        count = states.shape[0]
+        if mode == "random":
+            action = random_action(self.actor.space, count, generator)
+        else:
+            noise = None if mode == "greedy" else self.actor.noise((count,), generator)
+            action = self.actor(states.squeeze(1)).sample(noise)
         return self.actor.to_env(action), {"carry": carry, "action": action}
+
+
+def random_action(space: Space, count: int, generator: torch.Generator) -> Tensor:
+    """Encoded actions (count, A), uniform whatever the state."""
+    draw = {"generator": generator, "device": generator.device}
+    if space.kind != "discrete":
+        return 2.0 * torch.rand(count, space.encoded_size, **draw) - 1.0
+    index = [torch.randint(n, (count,), **draw) for n in space.classes]
+    parts = [F.one_hot(i, n).float() for i, n in zip(index, space.classes, strict=True)]
+    return torch.cat(parts, -1)
 
 
 def rebuild(
