@@ -315,9 +315,13 @@ class ActMap:
         make = _continuous if boxes else _discrete
         self.space, self._functions = make(who, found, bounds, self._flat)
 
-    def batch(self, action: np.ndarray) -> Any:  # (N, *space.shape)
-        """The checked action in the native form: an array, or nested dicts and tuples of arrays."""
-        action = check_action(self.who, self.space, self.num_envs, action)
+    def batch(self, action: np.ndarray, count: int | None = None) -> Any:  # (N, *space.shape)
+        """The checked action in the native form: an array, or nested dicts and tuples of arrays.
+
+        count: how many environments it is for, where it is not for all of them.
+        """
+        count = self.num_envs if count is None else count
+        action = check_action(self.who, self.space, count, action)
         if self._flat:
             return self._functions[0](action)
         functions = iter(self._functions)

@@ -20,6 +20,7 @@ import functools
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,10 +57,12 @@ class EnvpoolEnv(VecEnv):
         frames_per_action: int = 1,
         bounds: Any = None,
         render_mode: str | None = "rgb_array",
+        seeds: Sequence[int] | None = None,
         **settings: Any,
     ) -> None:
         """action_repeat: calls per decision, rewards summed.   frames_per_action: frames that one
-        call already stands for (Atari's frame_skip); it only enters the attribute action_repeat."""
+        call already stands for (Atari's frame_skip); it only enters the attribute action_repeat.
+        seeds: of every environment, in place of those that are derived from `seed`."""
         self.task, self.seed = task or f"envpool:{env_id}", int(seed)
         self.num_envs = check_num_envs(self.task, num_envs)
         if action_repeat < 1:
@@ -69,6 +72,11 @@ class EnvpoolEnv(VecEnv):
         if settings.get("noop_max", 1) < 1:
             # envpool divides by it: the process would end without a Python error.
             raise EnvOptionError(f"{self.task}: expected noop_max of at least 1, got 0")
+        self._seeds = seeds or spread_seeds(self.seed, self.num_envs)
+        if len(self._seeds) != self.num_envs:
+            raise EnvOptionError(
+                f"{self.task}: expected {self.num_envs} seeds, got {len(self._seeds)}"
+            )
         self._make_pool(load_envpool(self.task), env_id, render_mode, settings)
         self._act = ActMap(self.task, self._pool.action_space, self.num_envs, bounds)
         self._obs = ObsMap(self.task, self._pool.observation_space, obs or ObsOptions(), copy=False)
@@ -87,7 +95,7 @@ class EnvpoolEnv(VecEnv):
         settings = {**more, **settings}
         if render_mode is not None:
             settings = {**settings, "render_mode": render_mode}
-        seeds = spread_seeds(self.seed, self.num_envs)
+        seeds = [int(seed) for seed in self._seeds]
         with warnings.catch_warnings():
             # gymnasium remarks on bounds beyond float32, which are replaced anyway.
             warnings.filterwarnings("ignore", message=".*precision lowered by casting.*")
@@ -149,6 +157,39 @@ class EnvpoolEnv(VecEnv):
             last[ids] = part[2] | part[3]
             obs = part[0] if len(ids) == self.num_envs else _scatter(obs, part[0], ids)
         return obs, reward, terminal, last
+
+    def send_part(self, action: np.ndarray, ids: np.ndarray) -> None:  # (n, ...), (n,) ascending
+        """Begins a step of some environments, none of which may have ended; see `receive_part`."""
+        if self._last is None:
+            raise EnvError(f"{self.task}: expected reset() before the first step(), got send_part")
+        self._part = self._act.batch(action, len(ids)), np.asarray(ids, np.int32)
+        self._pool.send(*self._part)
+
+    def receive_part(self) -> Rows:
+        """The rows (n, ...) that the step of `send_part` led to, in the order of its ids."""
+        native, ids = self._part
+        obs, reward, terminal, last, info = self._received()
+        place = np.argsort(info["env_id"])  # ids ascend
+        if (np.diff(info["env_id"]) < 0).any():
+            obs, reward = _select(obs, place), reward[place]
+            terminal, last = terminal[place], last[place]
+        for _ in range(self._repeat - 1):
+            more = np.flatnonzero(~last)
+            if len(more) == 0:
+                break
+            self._pool.send(_select(native, more), ids[more])
+            part = self._received()
+            where = np.searchsorted(ids, part[4]["env_id"])
+            obs = _scatter(obs, part[0], where)
+            reward[where] += part[1]
+            terminal[where], last[where] = part[2], part[3]
+        first = np.zeros(len(ids), bool)
+        self._last[ids] = last
+        return make_rows(self._obs.batch(obs), reward, first, last, terminal)
+
+    def _received(self) -> tuple:
+        obs, reward, terminal, truncated, info = self._pool.recv()
+        return obs, reward.astype(np.float32, copy=False), terminal, terminal | truncated, info
 
     def render(self) -> np.ndarray | None:  # (N, H, W, 3) uint8
         if self._render_mode is None:
