@@ -28,6 +28,25 @@ FWM_HD float gru_gate(float reset, float cand, float update, float deter) {
   return u * tanhf(sigmoid(reset) * cand) + (1.0f - u) * deter;
 }
 
+// Its backward: gradients of the three gates and of deter, from grad of deter'.
+struct GruGateGrad {
+  float reset, cand, update, deter;
+};
+
+FWM_HD GruGateGrad gru_gate_backward(float grad, float reset, float cand, float update,
+                                     float deter) {
+  const float r = sigmoid(reset), u = sigmoid(update - 1.0f), c = tanhf(r * cand);
+  const float dc = grad * u * (1.0f - c * c);
+  return {dc * cand * r * (1.0f - r), dc * r, grad * (c - deter) * u * (1.0f - u),
+          grad * (1.0f - u)};
+}
+
+// An action as the model sees it: divided by max(1, |a|).
+FWM_HD float bounded(float action) {
+  const float size = fabsf(action);
+  return size > 1.0f ? action / size : action;
+}
+
 FWM_HD float symlog(float x) { return copysignf(log1pf(fabsf(x)), x); }
 
 FWM_HD float symexp(float x) { return copysignf(expm1f(fabsf(x)), x); }

@@ -152,8 +152,7 @@ struct Forward {
     pre += 2 * u;
     for (int64_t i = 0; i < u; ++i) pre[i] = a.weights.action_in.bias[i];
     for (int64_t j = 0; j < n.actions; ++j) {
-      const float size = fabsf(action[j]);
-      add_row(pre, action_rows + j * u, size > 1.0f ? action[j] / size : action[j]);
+      add_row(pre, action_rows + j * u, bounded(action[j]));
     }
     activate(pre, a.weights.action_in.scale, u, x + b * xw + 2 * u);
   }

@@ -173,13 +173,11 @@ struct Backward {
         for (int64_t k = 0; k < width; ++k) {
           const float grad = carry[k] + given[k];
           const float old = reset ? 0.0f : before[column + k];
-          const float r = sigmoid(raw[k]), v = sigmoid(raw[2 * d + k] - 1.0f);
-          const float cand = tanhf(r * raw[d + k]);
-          const float dc = grad * v * (1.0f - cand * cand);
-          out[k] = dc * raw[d + k] * r * (1.0f - r);
-          out[d + k] = dc * r;
-          out[2 * d + k] = grad * (cand - old) * v * (1.0f - v);
-          carry[k] = grad * (1.0f - v);
+          const GruGateGrad back = gru_gate_backward(grad, raw[k], raw[d + k], raw[2 * d + k], old);
+          out[k] = back.reset;
+          out[d + k] = back.cand;
+          out[2 * d + k] = back.update;
+          carry[k] = back.deter;
         }
       }
     });
