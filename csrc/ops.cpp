@@ -61,16 +61,18 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
-  // rssm: the loop of the posterior sequence; see csrc/ops_cpu_rssm.cpp for what the lists hold
-  m.def("rssm_pack(Tensor[] weights, int hidden, int groups) -> Tensor");
+  // rssm: the loop of the posterior sequence; see csrc/rssm_args.h for what the lists hold.
+  // `low`: the products in bfloat16, on CUDA only
+  m.def("rssm_pack(Tensor[] weights, int hidden, int groups, bool low) -> Tensor");
   m.def("rssm_step_(Tensor packed, Tensor[] weights, int hidden, Tensor(a!) deters, "
         "Tensor(b!) stochs, Tensor action, Tensor? noise, int t, float unimix) -> ()");
   m.def("gru_gates(Tensor gates, Tensor bias, Tensor deter, int blocks) -> Tensor");
   m.def("rssm_scan(Tensor[] weights, int hidden, Tensor deter, Tensor stoch, Tensor action_part, "
-        "Tensor token_part, Tensor is_first, Tensor? noise, float unimix, bool save) -> Tensor[]");
-  m.def("rssm_scan_backward(Tensor[] weights, int hidden, Tensor[] saved, Tensor deter, "
-        "Tensor is_first, float unimix, Tensor grad_deter, Tensor grad_logits, Tensor grad_stoch) "
+        "Tensor token_part, Tensor is_first, Tensor? noise, float unimix, bool save, bool low) "
         "-> Tensor[]");
+  m.def("rssm_scan_backward(Tensor[] weights, int hidden, Tensor[] saved, Tensor deter, "
+        "Tensor is_first, float unimix, Tensor grad_deter, Tensor grad_logits, Tensor grad_stoch, "
+        "bool low) -> Tensor[]");
 
   // rssm, the dense GRU of 2023: parts (N, 3D) before the norm; gradients in the arguments' order
   m.def("gru_layernorm(Tensor parts, Tensor scale, Tensor shift, Tensor deter, float eps) "

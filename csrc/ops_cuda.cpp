@@ -1,32 +1,16 @@
 // CUDA implementations of the operators in ops.cpp: check, allocate, take torch's current stream,
 // launch. The only CUDA code that sees torch; it needs the CUDA runtime headers but no nvcc.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
 #include <tuple>
 
 #include "cuda/kernels.h"
+#include "on_device.h"
 #include "tensor.h"
 
 namespace fastwm {
 namespace {
-
-// Selects the tensor's device for its scope and knows the stream that torch is using there.
-class OnDeviceOf {
- public:
-  explicit OnDeviceOf(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-  cudaStream_t stream() const { return stream_; }
-
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-};
 
 // ---- lambda_return
 

@@ -132,7 +132,10 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(RssmNorm<T> a) {
   float *pre = a.pre.data + b * a.pre.row, squares = 0.0f;
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
     const int64_t at = i / a.width * a.in.block + b * a.in.row + i % a.width;
-    const float value = widen(a.in.data[at]) + add[i];
+    float value = widen(a.in.data[at]) + add[i];
+    if (a.also.data != nullptr) {
+      value += widen(a.also.data[i / a.width * a.also.block + b * a.also.row + i % a.width]);
+    }
     pre[i] = value;
     squares += value * value;
   }

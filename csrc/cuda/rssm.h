@@ -73,11 +73,11 @@ struct RssmInputs {
   Grouped<T> own;         // (blocks, rows, D/G); may be absent
 };
 
-// pre = in + add; out = silu(rms(pre) * scale); the norm runs over all blocks.
+// pre = in + also + add; out = silu(rms(pre) * scale); the norm runs over all blocks.
 template <class T>
 struct RssmNorm {
   int64_t rows, blocks, width;
-  Grouped<const T> in;
+  Grouped<const T> in, also;  // `also` may be absent
   ConstRows add;
   Rows pre;
   const float* scale;

@@ -1,17 +1,19 @@
 """Single steps of the RSSM without gradient: the rollout of imagination, and acting.
 
 A rollout in float32 on the CPU packs the weights once and takes groups of rows through a whole step
-while they are in cache (csrc/cpu/rssm.cpp). Elsewhere the weights are regrouped once: the three
-branches that all blocks share become one product instead of a concatenation per block, and products
-go to the library in the dtype that autocast asks for (bfloat16 pays where the CPU has AMX). A
-single step reads every weight once anyway, so it takes them as they are. Everything but the
-products is float32.
+while they are in cache (csrc/cpu/rssm.cpp). On CUDA the library's products and the kernels between
+them are one call a step, in float32 or bfloat16 (csrc/rssm_library_step.h). Elsewhere the weights
+are regrouped once: the three branches that all blocks share become one product instead of a
+concatenation per block, and products go to the library in the dtype that autocast asks for
+(bfloat16 pays where the CPU has AMX). A single step reads every weight once anyway, so it takes
+them as they are. Everything but the products is float32.
 """
 
 import torch
 from torch import Tensor
 
 from fastwm.ops._backend import available, raw, register_fake
+from fastwm.ops._rssm_fused import wants_low
 from fastwm.ops._rssm_sequence import flatten, gru_gates
 from fastwm.ops.latent import latent_sample, straight_through
 from fastwm.ops.norm import rms_silu
@@ -89,7 +91,7 @@ class Stepper:
         for (weights, bias), scale in zip(self.hidden, self.scales[1:], strict=True):
             hidden = rms_silu(self._blocks(hidden, weights, None) + bias, scale)
         gates = self._blocks(hidden, self.gru, None)
-        if available(gates) and gates.dtype == torch.float32:
+        if available(gates, "gru_gates") and gates.dtype == torch.float32:
             return raw.gru_gates(gates, self.gru_bias, deter, self.blocks)
         return gru_gates(gates + self.gru_bias, deter, self.blocks)
 
@@ -147,7 +149,8 @@ class FusedRollout:
     def __init__(self, weights, deters: Tensor, stochs: Tensor, unimix: float):
         heads = weights._replace(post=weights.prior, post_logit=weights.prior_logit)
         self.weights, self.hidden = [x.detach() for x in flatten(heads)], len(weights.hidden)
-        self.packed = raw.rssm_pack(self.weights, self.hidden, stochs.shape[2])
+        low = wants_low(deters)
+        self.packed = raw.rssm_pack(self.weights, self.hidden, stochs.shape[2], low)
         self.deters, self.stochs, self.unimix = deters, stochs, unimix
 
     def step(self, t: int, action: Tensor, noise: Tensor | None) -> None:
@@ -156,9 +159,10 @@ class FusedRollout:
 
 
 def _rollout(weights, *args):
-    """The compiled step, unless autocast asks for low precision."""
+    """The compiled step, unless autocast asks for a precision that it does not have."""
     like = weights.deter_in[0]
-    fused = available(like) and like.dtype == torch.float32 and _product_dtype(like) is None
+    fused = available(like, "rssm_step_") and like.dtype == torch.float32
+    fused = fused and (_product_dtype(like) is None or wants_low(like))
     return (FusedRollout if fused else LibraryRollout)(weights, *args)
 
 
@@ -183,7 +187,7 @@ def imagine(weights, deter, stoch, policy, length, noise, unimix, out):
 
 
 @register_fake("rssm_pack")
-def _(weights, hidden, groups):
+def _(weights, hidden, groups, low):
     (units, deter), (blocks, block) = weights[0].shape, weights[9 + 3 * hidden].shape[:2]
     width, actions = weights[3].shape[1], weights[6].shape[1]
     post = (len(weights) - 13 - 3 * hidden) // 3
@@ -191,6 +195,10 @@ def _(weights, hidden, groups):
     def panels(count, out, depth):
         return count * ((out + 31) // 32 * 32) * depth + 16
 
+    if weights[0].is_cuda:  # every weight that a step multiplies with, and nothing else
+        size = 4 * units * deter + (3 + hidden) * deter * block + 2 * width * units
+        size += units * deter + (post - 1) * units * units
+        return weights[0].new_empty(size, dtype=torch.bfloat16 if low else None)
     size = panels(blocks, block, block + 3 * units) + (hidden - 1) * panels(blocks, block, block)
     size += panels(3 * blocks, block, block) + panels(2, units, deter)
     size += (post - 1) * panels(1, units, units) + panels(1, width, units)

@@ -254,7 +254,7 @@ def forward(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix,
     token_part = F.linear(tokens, weights.post[0][0][:, weights.deter :], weights.post[0][1])
     return scan(
         weights, deter, stoch.flatten(1), action_part, token_part, is_first, noise, unimix,
-        stoch.shape[1], save,
+        stoch.shape[1], save=save,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """The recurrent state-space model of DreamerV3: one step, the posterior sequence, the rollout.
 
 Letters: B batch, T time, N rollouts, D deter, S latent groups, K classes, U hidden units,
-A action, E token width, G blocks (docs/conventions.md). The stem has no CUDA file yet: CUDA
+A action, E token width, G blocks (docs/conventions.md). Without compiled kernels for their device,
 tensors take the same hoisted sequence written in PyTorch operations.
 
 One step, with ``a = action / max(1, |action|)`` (denominator detached)::
@@ -229,21 +229,22 @@ def rssm_observe(
     Equivalent to:
         for t in range(T): deter = gru_step(...); logits = post(cat([deter, tokens[:, t]], -1))
         index, _ = latent_sample(logits, noise[:, t], unimix); stoch = straight_through(...)
-    Numerics: float32 inside and in the carry, whatever autocast says; float64 stays.
+    Numerics: float32 inside and in the carry, float64 stays. Autocast changes nothing, but for the
+        products of the time loop on CUDA, which then read bfloat16.
     """
     deter, stoch, tokens, prev_action, noise = _check_observe(
         weights, deter, stoch, tokens, prev_action, is_first, noise, unimix
     )
     args = (deter, stoch, tokens, prev_action, is_first, noise, unimix)
+    loops = fused.loops(weights.deter_in[0])
     with torch.autocast(deter.device.type, enabled=False):
         if not _backend.fused_wanted() or not is_first.numel():
             return rssm_observe_ref(weights, *args)
         wanted = _backend.wants_grad(*args[:4], *sequence.flatten(weights))
-        if is_first.shape[1] == 1 and not wanted:
+        on_device = deter.is_cuda and loops is not None  # a few launches, not one a layer
+        if is_first.shape[1] == 1 and not wanted and not on_device:
             return rollout.observe_one(weights, *args)
-        compiled = _backend.available(deter) and deter.dtype == torch.float32
-        loops = fused.LOOPS if compiled else sequence.LOOPS
-        return sequence.observe(weights, *args, loops=loops)
+        return sequence.observe(weights, *args, loops=loops or sequence.LOOPS)
 
 
 def _check_weights(op: str, weights: RSSMWeights, deter: int, stoch: int) -> None:

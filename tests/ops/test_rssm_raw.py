@@ -21,11 +21,11 @@ def raw_arguments(sizes):
     token = torch.randn(batch, time, weights.deter_in[0].shape[0])
     dyn = len(weights.hidden)
     ahead = [flat, dyn, inputs["deter"], inputs["stoch"], action, token, inputs["is_first"],
-             inputs["noise"], 0.01, True]  # fmt: skip
+             inputs["noise"], 0.01, True, False]  # fmt: skip
     saved = raw.rssm_scan(*ahead)
     grads = [torch.randn(x.shape) for x in saved[:2]] + [torch.randn(*inputs["noise"].shape, 5)]
     grads[1] = grads[1].view_as(grads[2])
-    back = [flat, dyn, saved, inputs["deter"], inputs["is_first"], 0.01, *grads]
+    back = [flat, dyn, saved, inputs["deter"], inputs["is_first"], 0.01, *grads, False]
     return ahead, back
 
 
@@ -34,7 +34,7 @@ def raw_arguments(sizes):
 def test_opcheck(sizes):
     ahead, back = raw_arguments(sizes)
     torch.library.opcheck(raw.rssm_scan.default, tuple(ahead))
-    torch.library.opcheck(raw.rssm_scan.default, (*ahead[:7], None, 0.01, False))
+    torch.library.opcheck(raw.rssm_scan.default, (*ahead[:7], None, 0.01, False, False))
     torch.library.opcheck(raw.rssm_scan_backward.default, tuple(back))
     gates, bias, deter = torch.randn(4, 36), torch.randn(36), torch.randn(4, 12)
     torch.library.opcheck(raw.gru_gates.default, (gates, bias, deter, 3))
@@ -48,13 +48,13 @@ def step_arguments(count=5):
     deters, stochs = torch.zeros(count, 2, 12), torch.zeros(count, 2, 3, 5)
     action, noise = torch.randn(count, 2), torch.rand(count, 3)
     assert inputs["stoch"].shape[1:] == stochs.shape[2:]
-    return [raw.rssm_pack(flat, 1, 3), flat, 1, deters, stochs, action, noise, 0, 0.01]
+    return [raw.rssm_pack(flat, 1, 3, False), flat, 1, deters, stochs, action, noise, 0, 0.01]
 
 
 @fused_only
 def test_opcheck_of_the_step():
     args = step_arguments()
-    torch.library.opcheck(raw.rssm_pack.default, (args[1], 1, 3))
+    torch.library.opcheck(raw.rssm_pack.default, (args[1], 1, 3, False))
     torch.library.opcheck(raw.rssm_step_.default, tuple(args))
 
 
@@ -72,7 +72,7 @@ def test_step_refuses_forged_input():
             raw.rssm_step_(*forged)
     for hidden, groups in ((0, 3), (1, 0), (1, 4), (2, 3)):
         with pytest.raises(RuntimeError, match="expected"):
-            raw.rssm_pack(args[1], hidden, groups)
+            raw.rssm_pack(args[1], hidden, groups, False)
 
 
 @fused_only

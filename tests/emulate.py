@@ -1,0 +1,89 @@
+"""Builds the CUDA sources as a CPU library, so that tests run every kernel without a GPU.
+
+Launches become calls of tests/emulation/emulation.h, and the operators of csrc/ops_cuda*.cpp are
+registered for CPU tensors as `torch.ops.fastwm_emulated`. g++ compiles what nvcc compiles, to the
+letter but for the launches; inline assembly and tensor cores are the kernels' own business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+ROOT = Path(__file__).parents[1]
+HEADERS = Path(__file__).parent / "emulation"
+FLAGS = [
+    "-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]  # fmt: skip
+LAUNCH = re.compile(r"([\w:]+(?:<[\w:, ]+>)?)<<<(.*?)>>>\s*\((.*?)\);", re.DOTALL)
+
+
+def translate(text: str) -> str:
+    """One source with launches as calls, and its operators under another name."""
+    text = LAUNCH.sub(r"::emulation::launch(\2, [=] { \1(\3); });", text)
+    text = re.sub(r"(STABLE_TORCH_LIBRARY\w*)\(fastwm, CUDA, m\)", r"\1(fastwm_emulated, CPU, m)",
+                  text)  # fmt: skip
+    return re.sub(r"(STABLE_TORCH_LIBRARY\w*)\(fastwm, ", r"\1(fastwm_emulated, ", text)
+
+
+def _copy(folder: Path) -> list[Path]:
+    """The translated sources in `folder`; returns what is to be compiled."""
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
+            target = folder / path.relative_to(ROOT / "csrc")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _write(target, translate(path.read_text()))
+    for path in HEADERS.iterdir():
+        _write(folder / path.name, path.read_text())
+    _write(folder / "fwm_schemas.h", '#define FWM_SCHEMAS ""\n')
+    return [folder / "ops.cpp", *sorted(folder.glob("ops_cuda*.cpp")),
+            *sorted(folder.glob("cuda/*.cu"))]  # fmt: skip
+
+
+def _write(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-4000:]}")
+
+
+@cache
+def load():
+    """The operators as `torch.ops.fastwm_emulated`; compiles only what has changed."""
+    folder = ROOT / "build/emulation"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = _copy(folder)
+    headers = hashlib.sha256(torch.__version__.encode() + " ".join(FLAGS).encode())
+    for path in sorted(folder.rglob("*.*h")):
+        headers.update(path.read_bytes())
+    includes = [f"-I{path}" for path in (folder, *include_paths())]
+    objects = []
+    for source in sources:
+        own = headers.copy()
+        own.update(source.read_bytes())
+        objects.append(folder / f"{source.stem}-{own.hexdigest()[:16]}.o")
+        if not objects[-1].is_file():
+            for old in folder.glob(f"{source.stem}-*.o"):
+                old.unlink()
+            _run(["c++", *FLAGS, *includes, "-x", "c++", "-c", str(source), "-o", str(objects[-1])])
+    name = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
+    library = folder / f"emulated-{name}.so"
+    if not library.is_file():
+        for old in folder.glob("emulated-*.so"):
+            old.unlink()
+        folders = [f"-L{path}" for path in library_paths()]
+        _run(["c++", "-shared", *map(str, objects), *folders, "-ltorch", "-ltorch_cpu", "-lc10",
+              "-o", str(library)])  # fmt: skip
+    torch.ops.load_library(str(library))
+    return torch.ops.fastwm_emulated
