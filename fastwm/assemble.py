@@ -102,6 +102,7 @@ def make_envs(config: Any) -> Any:
     options = {
         "size": config.env.size,
         "action_repeat": config.env.action_repeat,
+        "time_limit": config.env.time_limit,
         **config.env.options,
     }
 

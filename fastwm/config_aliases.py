@@ -85,6 +85,7 @@ COMMON: dict[str, Alias] = {
     "video_pred_log": VIDEOS,
     "deterministic_run": "deterministic",
     "action_repeat": "env.action_repeat",
+    "time_limit": "env.time_limit",
     "size": "env.size",
     "grayscale": "env.options.gray",
     "dataset_size": "replay.capacity",

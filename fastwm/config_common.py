@@ -29,6 +29,9 @@ class Env:
     action_repeat: int | None = key(
         None, "frames per decision; none: as usual for the task", 1, fixed=True
     )
+    time_limit: int | None = key(
+        None, "frames after which an episode is cut off; none: as the task has it", 1, fixed=True
+    )
     size: tuple[int, int] = key((64, 64), "image height and width, pixels", 1, fixed=True)
     options: dict = key({}, "anything else for the adapter: --env.options.NAME VALUE", fixed=True)
 
@@ -50,6 +53,9 @@ class Eval:
     episodes: int = key(10, "episodes per evaluation", 1)
     envs: int = key(4, "environments that play them in parallel", 1)
     mode: Literal["greedy", "sample"] = key("greedy", "how actions are chosen")
+    max_steps: int = key(
+        50_000, "decisions after which an evaluation episode counts as it stands; 0: never", 0
+    )
     stop_at: float | None = key(None, "mean evaluation return that ends the run; none: never")
 
 

@@ -14,9 +14,13 @@ REBUILD = "in the fastwm checkout: pip install --force-reinstall --no-deps ."
 REQUIRED = ("numpy", "gymnasium", "tensorboard", "tqdm", "pillow")
 OPTIONAL = {  # distribution -> what it is for, and the line that installs it
     "envpool": "fast environments, CartPole to Atari: pip install envpool",
-    "ale-py": "Atari without envpool: pip install 'fastwm[atari]'",
-    "dm_control": "DeepMind control without envpool: pip install 'fastwm[dmc]'",
-    "minigrid": "MiniGrid: pip install 'fastwm[minigrid]'",
+    "ale-py": "Atari without envpool: pip install ale-py",
+    "dm_control": "DeepMind control without envpool: pip install dm_control 'mujoco<4'",
+    "minigrid": "MiniGrid: pip install minigrid",
+    "crafter": "Crafter: pip install crafter",
+    "memory-maze": "Memory Maze: pip install memory-maze 'mujoco<4'",
+    "gym-super-mario-bros": "Mario: pip install nes-py==8.2.1 gym-super-mario-bros==7.4.0",
+    "minerl": "Minecraft: pip install minerl==0.4.4, which needs Python 3.9 or older and Java 8",
     "cma": "the 2018 controller: pip install cma",
 }
 
@@ -61,9 +65,9 @@ def main() -> int:
         f"torch  {info.pop('torch')}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs"
     )
     for key, value in info.items():
-        print(f"{key:<15}{value}")
+        print(f"{key:<21}{value}")
     for name in (*REQUIRED, *OPTIONAL):
-        print(f"{name:<15}{installed(name) or 'missing'}")
+        print(f"{name:<21}{installed(name) or 'missing'}")
 
     problems, advice = library_findings(info)
     problems += [f"{n} is missing: pip install {n}" for n in REQUIRED if not installed(n)]

@@ -17,7 +17,7 @@ from fastwm import assemble, checkpoint, config
 from fastwm.agents.random import RandomAgent
 from fastwm.envs.dummy import DummyEnv
 from fastwm.loops import online
-from fastwm.loops.evaluate import evaluate, seed_of
+from fastwm.loops.evaluate import evaluate, seed_of, summarize
 from fastwm.loops.finite import FiniteWatch, NonFiniteError
 from fastwm.loops.transfer import Transfer
 from fastwm.spaces import Space
@@ -58,6 +58,19 @@ def test_short_episodes_do_not_crowd_out_long_ones():
 
     found = evaluate(agent, two_envs, episodes=5, envs=2, mode="greedy", seed=0)
     assert found["lengths"] == [1, 1, 1, 20, 20]
+
+
+def test_an_episode_that_does_not_end_counts_as_it_stands(tmp_path):
+    agent = RandomAgent({"vector": Space("vector", (3,))}, Space("discrete", (), (2,)))
+
+    def endless(num_envs: int, seed: int) -> DummyEnv:
+        return DummyEnv(num_envs, seed, lengths=(3, 10**6)[:num_envs])
+
+    options = {"envs": 2, "mode": "greedy", "seed": 0, "max_steps": 5}
+    found = evaluate(agent, endless, episodes=4, **options)
+    assert found["lengths"] == [3, 3, 5, 5] and found["cut"] == [False, False, True, True]
+    assert found["scores"] == [6, 6, 15, 6 + 7 + 8 + 9 + 10]  # rewards 1, 2, 3 ...
+    assert summarize(found)["cut"] == 2
 
 
 def test_evaluation_leaves_the_agent_alone_and_repeats(tmp_path):

@@ -148,7 +148,9 @@ class DreamerAgent:
         """fp32, bf16 or fp16: what "auto" stands for on this device."""
         if self.config.precision != "auto":
             return self.config.precision
-        return "bf16" if self.device.type == "cuda" else "fp32"
+        if self.device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
     def autocast(self):
         if self.precision == "fp32":

@@ -46,8 +46,9 @@ def make(
         journal_limit: most steps that state_dict() can restore (see Journal).
         options: the same for every task (None means the task's own choice):
             size (H, W) of images · gray · image_layout "auto"|"hwc"|"chw" · ignore (names of
-            observations to leave out) · action_repeat · bounds (low, high) of continuous actions
-            · for gymnasium environments also parallel (one process each) and max_crashes;
+            observations to leave out) · action_repeat · time_limit (frames) · bounds (low, high)
+            of continuous actions · for gymnasium environments also parallel (one process each) and
+            max_crashes;
             whatever else there is goes to the constructor of the environment.
     Returns: a Journal around the adapter.
     Raises: UnknownTaskError, EnvOptionError, EnvSpaceError, MissingPackageError.

@@ -132,6 +132,18 @@ def check_num_envs(who: str, num_envs: int) -> int:
     return int(num_envs)
 
 
+def step_limit(who: str, time_limit: int | None, frames: int) -> float:
+    """Steps that fit a limit in frames, when each step stands for `frames` of them."""
+    if time_limit is None:
+        return float("inf")
+    if isinstance(time_limit, bool) or int(time_limit) != time_limit or time_limit < frames:
+        raise EnvOptionError(
+            f"{who}: expected time_limit of at least {frames} frames, one decision, got "
+            f"{time_limit!r}"
+        )
+    return int(time_limit) // frames
+
+
 def check_action(who: str, space: Space, num_envs: int, action: np.ndarray) -> np.ndarray:
     """Returns the action as an array once shape, dtype and range are right.
 

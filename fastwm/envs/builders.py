@@ -47,23 +47,26 @@ def singles(
     bounds: Any = None,
     max_crashes: int = 5,
     parallel: bool = False,
+    time_limit: int | None = None,
 ) -> VecEnv:
     """Single gymnasium environments: in this process, or each in a process of its own."""
     from fastwm.envs.gymnasium import GymEnv, GymVectorEnv, in_processes
 
     if not parallel:
-        repeat = {"action_repeat": action_repeat, "max_crashes": max_crashes}
-        return GymEnv(factory, num_envs, seed, task=task, obs=obs, bounds=bounds, **repeat)
-    if action_repeat != 1:
+        repeat = {"action_repeat": action_repeat, "time_limit": time_limit}
+        more = {"bounds": bounds, "max_crashes": max_crashes}
+        return GymEnv(factory, num_envs, seed, task=task, obs=obs, **repeat, **more)
+    if action_repeat != 1 or time_limit is not None:
         raise EnvOptionError(
-            f"{task}: expected action_repeat of 1 with parallel, got {action_repeat}; repeat "
-            "inside the environment, or leave parallel out"
+            f"{task}: expected action_repeat of 1 and no time_limit with parallel, got "
+            f"{action_repeat} and {time_limit}; do that inside the environment, or leave parallel "
+            "out"
         )
     env = in_processes(task, factory, num_envs)
     return GymVectorEnv(env, seed, task=task, obs=obs, bounds=bounds)
 
 
-SINGLE_OPTIONS = ("action_repeat", "bounds", "max_crashes", "parallel")
+SINGLE_OPTIONS = ("action_repeat", "bounds", "max_crashes", "parallel", "time_limit")
 
 
 def split_options(options: dict) -> tuple[dict, dict]:

@@ -36,6 +36,7 @@ from fastwm.envs.base import (
     import_package,
     make_rows,
     spread_seeds,
+    step_limit,
 )
 from fastwm.envs.convert import ActMap, ObsMap, ObsOptions
 
@@ -55,20 +56,26 @@ class EnvpoolEnv(VecEnv):
         obs: ObsOptions | None = None,
         action_repeat: int = 1,
         frames_per_action: int = 1,
+        time_limit: int | None = None,
         bounds: Any = None,
         render_mode: str | None = "rgb_array",
         seeds: Sequence[int] | None = None,
         **settings: Any,
     ) -> None:
         """action_repeat: calls per decision, rewards summed.   frames_per_action: frames that one
-        call already stands for (Atari's frame_skip); it only enters the attribute action_repeat.
-        seeds: of every environment, in place of those that are derived from `seed`."""
+        call already stands for (Atari's frame_skip).   time_limit: frames after which an episode is
+        cut off; None: as envpool has it.   seeds: of every environment, in place of those that are
+        derived from `seed`."""
         self.task, self.seed = task or f"envpool:{env_id}", int(seed)
         self.num_envs = check_num_envs(self.task, num_envs)
         if action_repeat < 1:
             raise EnvOptionError(f"{self.task}: expected action_repeat >= 1, got {action_repeat}")
         self._repeat = int(action_repeat)
         self.action_repeat = self._repeat * int(frames_per_action)
+        if time_limit is not None:
+            settings["max_episode_steps"] = step_limit(
+                self.task, time_limit, int(frames_per_action)
+            )
         if settings.get("noop_max", 1) < 1:
             # envpool divides by it: the process would end without a Python error.
             raise EnvOptionError(f"{self.task}: expected noop_max of at least 1, got 0")

@@ -19,6 +19,7 @@ from fastwm.envs.base import (
     import_package,
     make_rows,
     spread_seeds,
+    step_limit,
 )
 from fastwm.envs.convert import ActMap, ObsMap, ObsOptions, pick
 
@@ -46,15 +47,22 @@ class GymEnv(VecEnv):
         task: str = "",
         obs: ObsOptions | None = None,
         action_repeat: int = 1,
+        frames_per_action: int = 1,
+        time_limit: int | None = None,
         bounds: Any = None,
         max_crashes: int = 5,
     ) -> None:
+        """frames_per_action: frames that one step of the environment already stands for.
+        time_limit: frames after which an episode is cut off; None: the environment decides."""
         self.task, self.seed = task or "gymnasium", int(seed)
         self.num_envs = check_num_envs(self.task, num_envs)
         if action_repeat < 1:
             raise EnvOptionError(f"{self.task}: expected action_repeat >= 1, got {action_repeat}")
-        self.action_repeat, self.crashes = int(action_repeat), 0
+        self._repeat, self.crashes = int(action_repeat), 0
+        self.action_repeat = self._repeat * int(frames_per_action)
         self._factory, self._max_crashes = factory, int(max_crashes)
+        self._limit = step_limit(self.task, time_limit, int(frames_per_action))
+        self._age = [0] * self.num_envs  # steps of the environment in this episode
         self._envs: list[Any] = [factory() for _ in range(self.num_envs)]
         for name in ("observation_space", "action_space", "reset", "step"):
             if not hasattr(self._envs[0], name):
@@ -127,7 +135,7 @@ class GymEnv(VecEnv):
     def _advance(self, i: int, action: Any) -> tuple[Any, float, bool, bool]:
         """One decision of environment i: (observation, summed reward, terminated, done)."""
         total = 0.0
-        for _ in range(self.action_repeat):
+        for _ in range(self._repeat):
             result = self._envs[i].step(action)
             if not isinstance(result, tuple) or len(result) != 5:
                 raise EnvError(
@@ -136,12 +144,15 @@ class GymEnv(VecEnv):
                 )
             raw, reward, terminated, truncated, _ = result
             total += float(reward)
+            self._age[i] += 1
+            truncated = truncated or self._age[i] >= self._limit
             if terminated or truncated:
                 break
         return raw, total, bool(terminated), bool(terminated or truncated)
 
     def _start(self, i: int) -> Any:
         """First observation of a new episode, in a new environment if the old one crashed."""
+        self._age[i] = 0
         while True:
             try:
                 if self._envs[i] is None:

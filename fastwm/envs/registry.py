@@ -13,7 +13,18 @@ from fastwm.envs.convert import ObsOptions
 from fastwm.envs.suites import FAMILY, TASKS
 
 Build = Callable[..., VecEnv]  # build(num_envs, seed, **options)
-FAMILIES = ("atari_<game>", "dmc_<domain>_<task>", "minigrid_<level>")
+FAMILIES = (
+    "atari_<game>",
+    "crafter_reward",
+    "dmc_<domain>_<task>",
+    "mario_<world>-<stage>",
+    "memorymaze_<size>",
+    "metaworld_<task>",
+    "minecraft_diamond",
+    "minigrid_<level>",
+    "procgen_<game>",
+    "vizdoom_<scenario>",
+)
 PREFIXES = ("envpool:<id>", "gymnasium:<id>", "package.module:factory")
 OBS_OPTIONS = ("size", "gray", "image_layout", "ignore")
 
@@ -42,6 +53,7 @@ def resolve(task: str) -> Build:
             return _named(task, gymnasium_task, env_id=rest)
         return _named(task, factory_task, path=task)
     family, _, name = task.partition("_")
+    family = family.lower()  # MemoryMaze_9x9
     if name and family in FAMILY:
         return _named(task, FAMILY[family], name=name)
     raise unknown(task, [*TASKS, *(f"{known}_{name}" for known in FAMILY)])
@@ -58,6 +70,8 @@ def unknown(task: str, names: list[str]) -> UnknownTaskError:
 def _named(task: str, function: Callable, **fixed: Any) -> Build:
     def build(num_envs: int, seed: int, **options: Any) -> VecEnv:
         obs = ObsOptions(**{k: options.pop(k) for k in OBS_OPTIONS if k in options})
+        if "length" in inspect.signature(function).parameters and "time_limit" in options:
+            options["length"] = options.pop("time_limit")
         _check_known(task, function, options)
         return function(task, num_envs, seed, obs=obs, **fixed, **options)
 

@@ -89,11 +89,13 @@ def _dmc(
     image: bool = False,
     proprio: bool = True,
     camera: int | None = None,
+    time_limit: int | None = None,
 ) -> VecEnv:
     """dm_control's suite; action_repeat is a true repetition.
 
     image: pictures (64 x 64 by default).   proprio: the physical state.   camera: for pictures.
     """
+    repeat = {"action_repeat": action_repeat, "time_limit": time_limit}
     size = obs.size or (64, 64)
     if camera is None:
         camera = 2 if name.startswith("quadruped") else 0  # camera 0 looks through its body
@@ -105,7 +107,7 @@ def _dmc(
 
         env_id = find(task, "dmc", name, pool_ids(task, "envpool.mujoco.dmc"), "-v1")
         more = pixel_settings(task, env_id, size, camera) if image else {}
-        options = {"obs": obs, "action_repeat": action_repeat, **more}
+        options = {"obs": obs, **repeat, **more}
         return envpool_task(task, num_envs, seed, env_id=env_id, **options)
 
     def suite() -> VecEnv:
@@ -113,7 +115,7 @@ def _dmc(
         from fastwm.envs.gymnasium import GymEnv
 
         factory = suite_factory(task, name, size if image else None, proprio, camera)
-        return GymEnv(factory, num_envs, seed, task=task, obs=obs, action_repeat=action_repeat)
+        return GymEnv(factory, num_envs, seed, task=task, obs=obs, **repeat)
 
     if image and proprio:  # envpool returns one or the other
         return suite()
@@ -162,6 +164,144 @@ def _takecover(
     return TakeCover(num_envs, seed, task=task, obs=obs, **options)
 
 
+def _procgen(
+    task: str, num_envs: int, seed: int, *, name: str, obs: ObsOptions, **options: Any
+) -> VecEnv:
+    """Hard levels without a limit, as published; `_easy` and other modes at the end of the name.
+
+    options: envpool's, among them num_levels and start_level.
+    """
+    ids = pool_ids(task, "envpool.procgen")
+    modes = ("easy", "hard", "extreme", "memory", "exploration")
+    name = name if name.rpartition("_")[2] in modes else f"{name}_hard"
+    env_id = find(task, "procgen", name, ids, "-v0")
+    return envpool_task(task, num_envs, seed, env_id=env_id, obs=obs, **options)
+
+
+def _metaworld(
+    task: str, num_envs: int, seed: int, *, name: str, obs: ObsOptions, **options: Any
+) -> VecEnv:
+    """The 39 numbers of MetaWorld's tasks, 500 decisions."""
+    ids = pool_ids(task, "envpool.mujoco.metaworld")
+    env_id = find(task, "metaworld", f"MetaWorld/{name}", ids, "-v3")
+    return envpool_task(task, num_envs, seed, env_id=env_id, obs=obs, **options)
+
+
+def _vizdoom(
+    task: str,
+    num_envs: int,
+    seed: int,
+    *,
+    name: str,
+    obs: ObsOptions,
+    action_repeat: int = 4,
+    length: int = 2100,
+    **options: Any,
+) -> VecEnv:
+    """64 x 64 RGB by default; every combination of buttons is one action. Rewards are envpool's.
+
+    length: in frames.
+    """
+    from fastwm.envs.envpool import EnvpoolEnv
+
+    obs = replace(obs, size=obs.size or (64, 64))
+    env_id = find(task, "vizdoom", name, pool_ids(task, "envpool.vizdoom"), "-v1")
+    common = {"stack_num": 1, "use_combined_action": True}
+    return EnvpoolEnv(
+        env_id,
+        num_envs,
+        seed,
+        task=task,
+        obs=obs,
+        frames_per_action=int(action_repeat),
+        frame_skip=int(action_repeat),
+        max_episode_steps=int(length) // int(action_repeat),
+        img_height=obs.size[0],
+        img_width=obs.size[1],
+        **{**common, **options},
+    )
+
+
+def _crafter(
+    task: str,
+    num_envs: int,
+    seed: int,
+    *,
+    name: str,
+    obs: ObsOptions,
+    length: int = 10_000,
+    action_repeat: int = 1,
+    **options: Any,
+) -> VecEnv:
+    """length: in frames.   options: the package's, e.g. area or view."""
+    from fastwm.envs.crafter import crafter_factory
+    from fastwm.envs.gymnasium import GymEnv
+
+    factory = crafter_factory(task, name, obs.size or (64, 64), {"length": int(length), **options})
+    return GymEnv(factory, num_envs, seed, task=task, obs=obs, action_repeat=action_repeat)
+
+
+def _memorymaze(
+    task: str,
+    num_envs: int,
+    seed: int,
+    *,
+    name: str,
+    obs: ObsOptions,
+    action_repeat: int = 1,
+    time_limit: int | None = None,
+    **options: Any,
+) -> VecEnv:
+    """options: the package's, e.g. global_observables or good_visibility."""
+    from fastwm.envs.gymnasium import GymEnv
+    from fastwm.envs.memorymaze import maze_factory
+
+    factory = maze_factory(task, name, obs.size or (64, 64), options)
+    repeat = {"action_repeat": action_repeat, "time_limit": time_limit}
+    return GymEnv(factory, num_envs, seed, task=task, obs=obs, **repeat)
+
+
+def _minecraft(
+    task: str,
+    num_envs: int,
+    seed: int,
+    *,
+    name: str,
+    obs: ObsOptions,
+    length: int = 36_000,
+    action_repeat: int = 1,
+) -> VecEnv:
+    """length: in frames."""
+    from fastwm.envs.gymnasium import GymEnv
+    from fastwm.envs.minecraft import minecraft_factory
+
+    factory = minecraft_factory(task, name, int(length))
+    return GymEnv(factory, num_envs, seed, task=task, obs=obs, action_repeat=action_repeat)
+
+
+def _mario(
+    task: str,
+    num_envs: int,
+    seed: int,
+    *,
+    name: str,
+    obs: ObsOptions,
+    action_repeat: int = 4,
+    flag: float = 1000.0,
+    clock: float = 0.1,
+    death: float = 15.0,
+    time_limit: int | None = None,
+) -> VecEnv:
+    """flag, clock, death: what reaching it, one of its ticks, and dying are worth."""
+    from fastwm.envs.gymnasium import GymEnv
+    from fastwm.envs.mario import mario_factory
+
+    obs = replace(obs, size=obs.size or (64, 64))
+    factory = mario_factory(task, name, int(action_repeat), flag, clock, death)
+    frames = {"frames_per_action": int(action_repeat), "time_limit": time_limit}
+    return GymEnv(factory, num_envs, seed, task=task, obs=obs, **frames)
+
+
 def _dummy(
     task: str,
     num_envs: int,
@@ -203,4 +343,16 @@ TASKS: dict[str, Callable] = {
     "pendulum": either("Pendulum-v1"),
     "takecover": _takecover,
 }
-FAMILY: dict[str, Callable] = {"atari": _atari, "dmc": _dmc, "minigrid": _minigrid}
+FAMILY: dict[str, Callable] = {
+    "atari": _atari,
+    "atari100k": _atari,
+    "crafter": _crafter,
+    "dmc": _dmc,
+    "mario": _mario,
+    "memorymaze": _memorymaze,
+    "metaworld": _metaworld,
+    "minecraft": _minecraft,
+    "minigrid": _minigrid,
+    "procgen": _procgen,
+    "vizdoom": _vizdoom,
+}

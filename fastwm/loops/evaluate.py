@@ -24,6 +24,7 @@ def evaluate(
     envs: int,
     mode: str,
     seed: int,
+    max_steps: int = 0,
     watch: Watcher | None = None,
 ) -> dict[str, list]:
     """Scores of exactly `episodes` whole episodes.
@@ -33,15 +34,19 @@ def evaluate(
 
     Args:    agent: has act and initial_state. make_envs: (num_envs, seed) -> VecEnv, closed again
              here. episodes, envs: how many, on how many in parallel at most. mode: "greedy" or
-             "sample". seed: of the environments and of the agent's noise. watch: called with
-             (numbers of the environments whose episodes count, rows, envs) at every row.
-    Returns: "scores" (sums of rewards) and "lengths" (actions taken), ordered by environment.
+             "sample". seed: of the environments and of the agent's noise. max_steps: actions after
+             which an episode counts as it stands, and what follows as another one; 0: never.
+             watch: called with (numbers of the environments whose episodes count, rows, envs) at
+             every row; a row where an episode was counted has is_last.
+    Returns: "scores" (sums of rewards), "lengths" (actions taken) and "cut" (whether it was longer
+             than max_steps), ordered by environment.
     The agent's own generators and state are not touched: training goes on as if nothing happened.
     """
     count = min(envs, episodes)
     quota = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
     scores: list[list[float]] = [[] for _ in range(count)]
     lengths: list[list[int]] = [[] for _ in range(count)]
+    cuts: list[list[bool]] = [[] for _ in range(count)]
     score, length = np.zeros(count), np.zeros(count, np.int64)
     noise = torch.Generator(agent.device).manual_seed(seed)
     vec_env = make_envs(count, seed)
@@ -51,11 +56,14 @@ def evaluate(
             score = np.where(rows["is_first"], 0.0, score) + rows["reward"]
             length = np.where(rows["is_first"], 0, length + 1)
             counted = np.array([len(done) for done in scores]) < quota
+            over = rows["is_last"] | (length >= max_steps if max_steps else False)
             if watch is not None:
-                watch(np.flatnonzero(counted), rows, vec_env)
-            for i in np.flatnonzero(rows["is_last"] & counted):
+                watch(np.flatnonzero(counted), {**rows, "is_last": over}, vec_env)
+            for i in np.flatnonzero(over & counted):
                 scores[i].append(float(score[i]))
                 lengths[i].append(int(length[i]))
+                cuts[i].append(not rows["is_last"][i])
+            score, length = np.where(over, 0.0, score), np.where(over, 0, length)
             if all(len(done) == n for done, n in zip(scores, quota, strict=True)):
                 break
             action, state, _ = agent.act(rows, state, mode, noise)
@@ -65,6 +73,7 @@ def evaluate(
     return {
         "scores": [s for done in scores for s in done],
         "lengths": [n for done in lengths for n in done],
+        "cut": [c for done in cuts for c in done],
     }
 
 
@@ -83,6 +92,7 @@ def summarize(found: dict[str, list]) -> dict[str, float]:
         "min": float(scores.min()),
         "max": float(scores.max()),
         "length": float(np.mean(found["lengths"])),
+        "cut": sum(found["cut"]),
     }
 
 
@@ -107,6 +117,7 @@ class Film:
             path = self.folder / f"episode-{len(self.paths):03d}.gif"
             write_with(path, lambda partial: partial.write_bytes(gif(self.frames, self.fps)))
             self.paths.append(path)
+            self.frames = []
 
     def _picture(self, rows: dict[str, np.ndarray], envs: Any) -> np.ndarray:
         pictures = envs.render()

@@ -171,6 +171,7 @@ class OnlineRun:
                 episodes=options.episodes,
                 envs=options.envs,
                 mode=options.mode,
+                max_steps=options.max_steps,
                 seed=seed_of(self.config.seed, 1, self.env_steps),
             )
         self.evaluated_at = self.env_steps
@@ -178,6 +179,7 @@ class OnlineRun:
         mean, std, count = result["mean"], result["std"], result["n"]
         self.logger.set({"eval/return": mean, "eval/return_std": std, "eval/episodes": count})
         self.logger.set({"eval/return_min": result["min"], "eval/length": result["length"]})
+        self.logger.set({"eval/cut": result["cut"]})
         self._log()
         where = f"env_steps {self.env_steps}, updates {self.updates}"
         self.logger.say(f"{where}: evaluation {mean:.4g} +- {std:.3g} over {count} episodes")
