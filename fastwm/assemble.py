@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import itertools
 import os
 import time
 import tomllib
@@ -78,7 +79,8 @@ def set_up_torch(config: Any) -> None:
     keep_freed_memory()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        # On a GPU some operations have no deterministic form: those warn instead of ending the run.
+        torch.use_deterministic_algorithms(True, warn_only=device_of(config) == "cuda")
         torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, changes nothing
 
 
@@ -160,9 +162,20 @@ def make_replay(config: Any, agent: Any, folder: Path) -> Replay | None:
 
 
 def run_folder(config: Any) -> Path:
+    """The folder that the settings name, or a new one that no other run of this second has."""
+    if config.logdir:
+        return Path(config.logdir).expanduser()
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in config.task)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path(config.logdir or f"runs/{config.algorithm}-{name}-{stamp}")
+    base = f"runs/{config.algorithm}-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        path = Path(base if number == 1 else f"{base}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:  # whoever locks the folder says what is wrong with it
+            pass
+        return path
 
 
 def read_folder(config: Any, folder: Path) -> tuple[dict[str, Any] | None, list[str]]:

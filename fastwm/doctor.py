@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import platform
 import shutil
 import sys
 import warnings
-from importlib.metadata import distributions
+from collections.abc import Sequence
+
+from fastwm import doctor_packages
 
 REBUILD = "in the fastwm checkout: pip install --force-reinstall --no-deps ."
-REQUIRED = ("numpy", "gymnasium", "tensorboard", "tqdm", "pillow")
-OPTIONAL = {  # distribution -> what it is for, and the line that installs it
-    "envpool": "fast environments, CartPole to Atari: pip install envpool",
-    "ale-py": "Atari without envpool: pip install ale-py",
-    "dm_control": "DeepMind control without envpool: pip install dm_control 'mujoco<4'",
-    "minigrid": "MiniGrid: pip install minigrid",
-    "crafter": "Crafter: pip install crafter",
-    "memory-maze": "Memory Maze: pip install memory-maze 'mujoco<4'",
-    "gym-super-mario-bros": "Mario: pip install nes-py==8.2.1 gym-super-mario-bros==7.4.0",
-    "minerl": "Minecraft: pip install minerl==0.4.4, which needs Python 3.9 or older and Java 8",
-    "cma": "the 2018 controller: pip install cma",
-}
-
-
-def installed(name: str) -> str | None:
-    return next((d.version for d in distributions(name=name)), None)
 
 
 def library_findings(info: dict[str, str]) -> tuple[list[str], list[str]]:
@@ -48,7 +35,9 @@ def library_findings(info: dict[str, str]) -> tuple[list[str], list[str]]:
     return problems, advice
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 1 where something is broken."""
+    argparse.ArgumentParser("python -m fastwm.doctor", description=__doc__).parse_args(argv)
     try:
         import torch
     except ImportError as error:
@@ -66,14 +55,14 @@ def main() -> int:
     )
     for key, value in info.items():
         print(f"{key:<21}{value}")
-    for name in (*REQUIRED, *OPTIONAL):
-        print(f"{name:<21}{installed(name) or 'missing'}")
+    for name, version in doctor_packages.versions().items():
+        print(f"{name:<21}{version}")
 
     problems, advice = library_findings(info)
-    problems += [f"{n} is missing: pip install {n}" for n in REQUIRED if not installed(n)]
+    missing, more = doctor_packages.findings()
+    problems, advice = problems + missing, advice + more
     if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 11):
         problems.append(f"PyTorch {torch.__version__} is too old: pip install 'torch>=2.11'")
-    advice += [f"no {n}; {line}" for n, line in OPTIONAL.items() if not installed(n)]
     for line in [f"problem: {p}" for p in problems] + [f"could be better: {a}" for a in advice]:
         print(line)
     print("problems were found" if problems else "everything that is installed works")

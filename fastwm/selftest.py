@@ -6,18 +6,20 @@ import argparse
 import sys
 import time
 
-import torch
-
-from fastwm import ops
-from fastwm.ops._cases import CASES, compare
-
 LIMIT = 1e-4  # difference in norm, relative; float32 kernels stay one to three digits below
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastwm.selftest", description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    device, start = parser.parse_args(argv).device, time.perf_counter()
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    args, start = parser.parse_args(argv), time.perf_counter()
+
+    import torch  # after --help, which does without
+
+    from fastwm import ops
+    from fastwm.ops._cases import CASES, compare
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # compare at full float32
     print(", ".join(f"{key} {value}" for key, value in ops.backend_info().items()))
     print(f"{'op on ' + device:<20}{'results':>10}{'gradients':>11}  path")

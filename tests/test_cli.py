@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastwm
-from fastwm import checkpoint, play, train
+from fastwm import assemble, checkpoint, play, train
 from fastwm import eval as evaluation
 from fastwm.config import ConfigError, load
 
@@ -75,6 +75,15 @@ def test_the_folder_name_says_what_it_is(tmp_path, monkeypatch):
     assert run.name.startswith("random-gymnasium_CartPole-v1-20")
 
 
+def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(assemble.time, "strftime", lambda form: "20260101-000000")
+    folders = [assemble.run_folder(load(DEBUG)[0]) for _ in range(3)]
+    assert [folder.name[-6:] for folder in folders] == ["000000", "0000-2", "0000-3"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert assemble.run_folder(load([*DEBUG, "--logdir", "~/x"])[0]) == tmp_path / "x"
+
+
 def test_a_run_goes_on_with_only_its_folder_named(finished, tmp_path, capsys):
     run = copy(finished, tmp_path)
     assert train.main(["--logdir", str(run), "--steps", "96", "--optim.lr", "1e-3"]) == 0
@@ -92,14 +101,24 @@ def test_the_policy_loads_with_the_public_name(finished):
     policy({"vector": torch.zeros(3, 4)}, state)
 
 
-def test_help_is_fast_and_needs_no_torch():
+@pytest.mark.parametrize(
+    "module, argv, word",
+    [
+        ("train", ["--help", "retnorm"], "--retnorm.rate"),
+        ("doctor", ["--help"], "installed"),
+        ("selftest", ["--help"], "--device"),
+        ("eval", ["--help"], "--episodes"),
+        ("play", ["--help"], "--save-gif"),
+    ],
+)
+def test_help_is_fast_and_needs_no_torch(module, argv, word):
     code = (
-        "import sys\nfrom fastwm import train\n"
-        "try: train.main(['--help', 'retnorm'])\n"
+        f"import sys\nfrom fastwm import {module}\n"
+        f"try: {module}.main({argv})\n"
         "except SystemExit: sys.exit(3 * ('torch' in sys.modules or 'numpy' in sys.modules))"
     )
     found = python("-c", code)
-    assert found.returncode == 0 and "--retnorm.rate" in found.stdout
+    assert found.returncode == 0 and word in found.stdout
 
 
 # ---- eval and play
