@@ -51,10 +51,17 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
   m.def("kl_balance_backward(Tensor grad_dyn, Tensor grad_rep, Tensor slope_post, "
         "Tensor slope_prior) -> (Tensor, Tensor)");
 
-  // optim: decay holds 0 or 1 per tensor; returns the gradient norm and whether it is finite
+  // optim: decay holds 0 or 1 per tensor; returns the gradient norm and whether it is finite. Copies
+  // written in the same pass: slow[i] follows params[slow_of[i]], low are all params in bfloat16
   m.def("laprop_agc_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] mu, Tensor(c!)[] nu, "
         "Tensor(d!) step, Tensor lr, Tensor? grad_scale, float agc, float pmin, float beta1, "
-        "float beta2, float eps, float weight_decay, int[] decay, bool nesterov) "
+        "float beta2, float eps, float weight_decay, int[] decay, bool nesterov, "
+        "Tensor(e!)[] slow, int[] slow_of, float slow_rate, Tensor(f!)[] low) "
+        "-> (Tensor, Tensor)");
+  m.def("adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] mu, Tensor(c!)[] nu, "
+        "Tensor(d!) step, Tensor lr, Tensor? grad_scale, float clip_norm, float clip_value, "
+        "float beta1, float beta2, float eps, float weight_decay, int[] decay, bool decoupled, "
+        "Tensor(e!)[] slow, int[] slow_of, float slow_rate, Tensor(f!)[] low) "
         "-> (Tensor, Tensor)");
   m.def("ema_(Tensor(a!)[] slow, Tensor[] fast, float rate, Tensor? finite) -> ()");
 

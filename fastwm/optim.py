@@ -1,4 +1,4 @@
-"""The optimizer of DreamerV3: LaProp with adaptive clipping and warm-up, and loss scaling."""
+"""Optimizers with warm-up and schedules: LaProp with adaptive clipping, Adam; and loss scaling."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastwm import ops
 SCHEDULES = ("const", "linear", "cosine")
 
 
-class LaProp:
-    """RMS-scaled gradients, then momentum, then the learning rate; clipped per tensor by AGC.
+class _Optimizer:
+    """What the optimizers share: parameters by name, moments, the rate's schedule, storage.
 
-    The first update has learning rate 0 (warm-up counts from zero). An update with a non-finite
-    gradient changes nothing. Order of operations: docs/kernels.md, stem `optim`.
+    An update with a non-finite gradient changes nothing. With warm-up the first update has learning
+    rate 0 (it counts from zero). `copies` are written in the same pass (see `ops.Copies`).
     """
 
     def __init__(
@@ -25,36 +25,32 @@ class LaProp:
         named_params: Iterable[tuple[str, nn.Parameter]],
         *,
         lr: float,
-        agc: float,
-        pmin: float,
-        eps: float,
-        beta1: float,
-        beta2: float,
         weight_decay: float,
-        nesterov: bool,
         warmup: int,
         schedule: str,
         anneal: int,
+        **options: float,
     ) -> None:
+        who = type(self).__name__
         if schedule not in SCHEDULES:
-            raise ValueError(
-                f"LaProp: expected schedule to be one of {SCHEDULES}, got {schedule!r}"
-            )
+            raise ValueError(f"{who}: expected schedule to be one of {SCHEDULES}, got {schedule!r}")
         if schedule != "const" and anneal <= warmup:
             raise ValueError(
-                f"LaProp: expected optim.anneal > warmup = {warmup} for schedule {schedule!r}, "
+                f"{who}: expected optim.anneal > warmup = {warmup} for schedule {schedule!r}, "
                 f"got {anneal}"
             )
         self.names, self.params = zip(*named_params, strict=True)
         self.lr, self.warmup, self.schedule, self.anneal = lr, warmup, schedule, anneal
-        self.options = dict(agc=agc, pmin=pmin, beta1=beta1, beta2=beta2, eps=eps)
-        self.options.update(weight_decay=weight_decay, nesterov=nesterov)
+        self.options = dict(options, weight_decay=weight_decay)
         if weight_decay:
             self.options["decay_mask"] = [p.dim() > 1 for p in self.params]
         device = self.params[0].device
         self.mu = [torch.zeros_like(p) for p in self.params]
         self.nu = [torch.zeros_like(p) for p in self.params]
         self.step_count = torch.zeros((), dtype=torch.float32, device=device)
+
+    def _apply(self, *args, **options) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
 
     def learning_rate(self) -> Tensor:
         """Rate of the next update, a 0-d tensor computed without a host sync."""
@@ -70,16 +66,19 @@ class LaProp:
         return lr
 
     @torch.no_grad()
-    def step(self, loss: Tensor, scale: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    def step(
+        self, loss: Tensor, scale: Tensor | float = 1.0, copies: ops.Copies | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Apply the gradients in `.grad`.
 
         loss: 0-d; a non-finite loss skips the update even where its gradients are finite.
         scale: what the loss was multiplied with before the backward pass (see LossScale).
+        copies: what to write in the same pass, in the order of `params`.
         Returns (grad_norm 0-d float32, finite 0-d bool).
         """
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         scale = torch.where(torch.isfinite(loss), scale, float("nan"))
-        return ops.laprop_agc_(
+        return self._apply(
             list(self.params),
             grads,
             self.mu,
@@ -87,6 +86,7 @@ class LaProp:
             self.step_count,
             self.learning_rate(),
             grad_scale=scale,
+            copies=copies or ops.Copies(),
             **self.options,
         )
 
@@ -107,11 +107,75 @@ class LaProp:
         for slot, own in (("mu", self.mu), ("nu", self.nu)):
             if set(state[slot]) != set(self.names):
                 raise ValueError(
-                    f"LaProp: expected moments of {len(self.names)} parameters, got "
+                    f"{type(self).__name__}: expected moments of {len(self.names)} parameters, got "
                     f"{len(state[slot])}; the checkpoint belongs to another model"
                 )
             for name, tensor in zip(self.names, own, strict=True):
                 tensor.copy_(state[slot][name])
+
+
+class LaProp(_Optimizer):
+    """RMS-scaled gradients, then momentum, then the learning rate; clipped per tensor by AGC.
+
+    The optimizer of DreamerV3. Order of operations: docs/kernels.md, stem `optim`.
+    """
+
+    def __init__(
+        self,
+        named_params: Iterable[tuple[str, nn.Parameter]],
+        *,
+        lr: float,
+        agc: float,
+        pmin: float,
+        eps: float,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        nesterov: bool,
+        warmup: int,
+        schedule: str,
+        anneal: int,
+    ) -> None:
+        super().__init__(
+            named_params, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule,
+            anneal=anneal, agc=agc, pmin=pmin, eps=eps, beta1=beta1, beta2=beta2,
+            nesterov=nesterov,
+        )  # fmt: skip
+
+    def _apply(self, *args, **options) -> tuple[Tensor, Tensor]:
+        return ops.laprop_agc_(*args, **options)
+
+
+class Adam(_Optimizer):
+    """Adam, or AdamW with `decoupled`; all gradients together clipped to norm `clip`, 0: never.
+
+    Weight decay reaches tensors of two and more dimensions only.
+    """
+
+    def __init__(
+        self,
+        named_params: Iterable[tuple[str, nn.Parameter]],
+        *,
+        lr: float,
+        clip: float = 0.0,
+        clip_value: float = 0.0,
+        eps: float = 1e-8,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        weight_decay: float = 0.0,
+        decoupled: bool = True,
+        warmup: int = 0,
+        schedule: str = "const",
+        anneal: int = 0,
+    ) -> None:
+        super().__init__(
+            named_params, lr=lr, weight_decay=weight_decay, warmup=warmup, schedule=schedule,
+            anneal=anneal, clip_norm=clip, clip_value=clip_value, eps=eps, beta1=beta1,
+            beta2=beta2, decoupled=decoupled,
+        )  # fmt: skip
+
+    def _apply(self, *args, **options) -> tuple[Tensor, Tensor]:
+        return ops.adam_(*args, **options)
 
 
 class LossScale:

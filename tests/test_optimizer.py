@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastwm import config
-from fastwm.optim import LaProp
+from fastwm import config, ops
+from fastwm.optim import Adam, LaProp
 
 DEFAULTS = config.flatten(config.DreamerConfig())
 OPTIONS = {k.removeprefix("optim."): v for k, v in DEFAULTS.items() if k.startswith("optim.")}
@@ -77,3 +77,76 @@ def test_a_schedule_needs_an_end():
         make(schedule="linear", anneal=4)
     with pytest.raises(ValueError, match="expected schedule to be one of"):
         make(schedule="step")
+
+
+def net_and_twin():
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    return nets
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_adam_trains_like_torch(decoupled):
+    """With warm-up from zero, decay on matrices only, and clipping."""
+    ours, theirs = net_and_twin()
+    optimizer = Adam(ours.named_parameters(), lr=0.01, clip=0.5, eps=1e-6, weight_decay=0.1,
+                     decoupled=decoupled, warmup=3)  # fmt: skip
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    other = (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, eps=1e-6)
+    for number in range(6):
+        x = torch.randn(9, 5)
+        for net in (ours, theirs):
+            net.zero_grad()
+            net(x).square().sum().backward()
+        for group in other.param_groups:
+            group["lr"] = 0.01 * min(1.0, number / 3)
+        norm, finite = optimizer.step(torch.tensor(0.0))
+        assert bool(finite) and norm > 0.5
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        other.step()
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [LaProp, Adam])
+def test_state_goes_on_where_it_was(kind):
+    def make_one(net):
+        options = OPTIONS | {"lr": 0.01, "warmup": 2} if kind is LaProp else {"lr": 0.01}
+        return kind(net.named_parameters(), **options)
+
+    ours, theirs = net_and_twin()
+    first, x = make_one(ours), torch.randn(9, 5)
+
+    def update(optimizer, net):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step(torch.tensor(0.0))
+
+    for _ in range(3):
+        update(first, ours)
+    theirs.load_state_dict(ours.state_dict())
+    second = make_one(theirs)
+    second.load_state_dict(first.state_dict())
+    for _ in range(2):
+        update(first, ours)
+        update(second, theirs)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", [LaProp, Adam])
+def test_copies_follow_the_parameters(kind):
+    net, twin = net_and_twin()
+    options = OPTIONS | {"lr": 0.1, "warmup": 0} if kind is LaProp else {"lr": 0.1}
+    optimizer = kind(net.named_parameters(), **options)
+    net(torch.randn(9, 5)).square().sum().backward()
+    slow = [twin[0].weight.detach(), None, None, None]
+    before = slow[0].clone()
+    optimizer.step(torch.tensor(0.0), copies=ops.Copies(slow, 0.25))
+    expected = 0.25 * net[0].weight.detach() + 0.75 * before
+    torch.testing.assert_close(slow[0], expected)
+    assert not torch.equal(slow[0], before)

@@ -16,7 +16,15 @@ from fastwm.ops.latent import (
     straight_through_ref,
 )
 from fastwm.ops.norm import rms_silu, rms_silu_ref
-from fastwm.ops.optim import ema_, ema_ref_, laprop_agc_, laprop_agc_ref_
+from fastwm.ops.optim import (
+    Copies,
+    adam_,
+    adam_ref_,
+    ema_,
+    ema_ref_,
+    laprop_agc_,
+    laprop_agc_ref_,
+)
 from fastwm.ops.rssm import (
     RSSMWeights,
     gru_step,
@@ -41,7 +49,10 @@ from fastwm.ops.twohot import (
 from fastwm.ops.upconv import upsample_conv2d, upsample_conv2d_ref
 
 __all__ = [
+    "Copies",
     "RSSMWeights",
+    "adam_",
+    "adam_ref_",
     "available",
     "backend_info",
     "ema_",

@@ -162,13 +162,22 @@ def rssm_imagine(batch: int) -> Case:
     return Case((_weights(), torch.randn(batch, 16), _one_hot(batch), policy, 5, noise, 0.01))
 
 
-@_case
-def laprop_agc_(batch: int) -> Case:
+def _optimizer(batch: int) -> Case:
     shapes = [(batch, 3), (7,), (2, 3, 5)]
     lists = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
     nu = [torch.rand(shape) for shape in shapes]
     args = (*lists, nu, torch.tensor(3), torch.tensor(1e-2))
     return Case(args, in_place=(0, 2, 3, 4), wide=False)
+
+
+@_case
+def laprop_agc_(batch: int) -> Case:
+    return _optimizer(batch)
+
+
+@_case
+def adam_(batch: int) -> Case:
+    return _optimizer(batch)
 
 
 @_case

@@ -1,4 +1,4 @@
-"""The optimizer step of DreamerV3 over a list of tensors: adaptive clipping, then LaProp.
+"""Optimizer steps over lists of tensors: LaProp behind adaptive clipping (DreamerV3), and Adam.
 
 This stem has no CUDA file yet: CUDA tensors take the plain PyTorch path.
 """
@@ -6,16 +6,42 @@ This stem has no CUDA file yet: CUDA tensors take the plain PyTorch path.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastwm.ops._backend import available, raw, register_fake
 
-__all__ = ["ema_", "ema_ref_", "laprop_agc_", "laprop_agc_ref_"]
+__all__ = [
+    "Copies",
+    "adam_",
+    "adam_ref_",
+    "ema_",
+    "ema_ref_",
+    "laprop_agc_",
+    "laprop_agc_ref_",
+]
 
 
-def _check_lists(who: str, names: Sequence[str], lists: Sequence[Sequence[Tensor]]) -> None:
+class Copies(NamedTuple):
+    """Copies of the parameters that an optimizer step writes while it has them in cache."""
+
+    slow: Sequence[Tensor | None] = ()  # float32: slow <- rate p + (1 - rate) slow; None: has none
+    rate: float = 0.0
+    low: Sequence[Tensor] = ()  # bfloat16: low <- p
+
+
+NONE = Copies()
+
+
+def _check_lists(
+    who: str,
+    names: Sequence[str],
+    lists: Sequence[Sequence[Tensor]],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Equal lengths and shapes; all but the first in `dtype`, the first in float32."""
     first = lists[0]
     for name, tensors in zip(names, lists, strict=True):
         if len(tensors) != len(first):
@@ -28,38 +54,80 @@ def _check_lists(who: str, names: Sequence[str], lists: Sequence[Sequence[Tensor
                     f"{who}: expected {name}[{number}] of shape {tuple(a.shape)}, "
                     f"got {tuple(b.shape)}"
                 )
-            if b.dtype != torch.float32:
-                raise TypeError(f"{who}: expected {name}[{number}] in float32, got {b.dtype}")
+            wanted = torch.float32 if tensors is first else dtype
+            if b.dtype != wanted:
+                raise TypeError(f"{who}: expected {name}[{number}] in {wanted}, got {b.dtype}")
 
 
-def _check_laprop(params, grads, mu, nu, step, lr, decay_mask) -> None:
-    _check_lists("laprop_agc_", ("params", "grads", "mu", "nu"), (params, grads, mu, nu))
+def _check(who, params, grads, mu, nu, step, lr, decay_mask, copies) -> None:
+    _check_lists(who, ("params", "grads", "mu", "nu"), (params, grads, mu, nu))
     if step.dim() != 0 or step.dtype not in (torch.int64, torch.float32):
         raise TypeError(
-            f"laprop_agc_: expected step as a 0-d int64 or float32 tensor, "
+            f"{who}: expected step as a 0-d int64 or float32 tensor, "
             f"got {tuple(step.shape)} {step.dtype}"
         )
     if lr.dim() != 0 or lr.dtype != torch.float32:
         raise TypeError(
-            f"laprop_agc_: expected lr as a 0-d float32 tensor, got {tuple(lr.shape)} {lr.dtype}"
+            f"{who}: expected lr as a 0-d float32 tensor, got {tuple(lr.shape)} {lr.dtype}"
         )
     if decay_mask is not None and len(decay_mask) != len(params):
         raise ValueError(
-            f"laprop_agc_: expected decay_mask of length {len(params)}, got {len(decay_mask)}"
+            f"{who}: expected decay_mask of length {len(params)}, got {len(decay_mask)}"
         )
+    if copies.slow:
+        slow = [p if s is None else s for s, p in zip(copies.slow, params, strict=False)]
+        slow += copies.slow[len(params) :]
+        _check_lists(who, ("params", "slow copies"), (params, slow))
+    if copies.low:
+        _check_lists(who, ("params", "low copies"), (params, copies.low), torch.bfloat16)
 
 
-def _fused(written: Sequence[Sequence[Tensor]]) -> bool:
+def _fused(written: Sequence[Sequence[Tensor]], op: str) -> bool:
     """Whether there is something to do, on one device with kernels, and all of it row-major."""
     tensors = [tensor for group in written for tensor in group]
     return bool(tensors) and all(
-        available(t) and t.device == tensors[0].device and t.is_contiguous() for t in tensors
+        available(t, op) and t.device == tensors[0].device and t.is_contiguous() for t in tensors
     )
 
 
 def _norm(x: Tensor) -> Tensor:
     """The 2-norm, summed in float64: no overflow, hardly any rounding."""
     return torch.linalg.vector_norm(x, dtype=torch.float64)
+
+
+def _unscaled(grads, grad_scale, lr) -> tuple[Sequence[Tensor], list[Tensor], Tensor]:
+    """Gradients over `grad_scale`, the norm of each, and that of all."""
+    if grad_scale is not None:
+        grads = [g / grad_scale for g in grads]
+    norms = [_norm(g) for g in grads]
+    return grads, norms, torch.stack(norms).square().sum().sqrt() if norms else lr.double() * 0.0
+
+
+def _write(finite: Tensor, written: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for old, new in written:
+        old.copy_(torch.where(finite, new, old))
+
+
+def _write_copies(copies: Copies, params: Sequence[Tensor], finite: Tensor) -> None:
+    for slow, p in zip(copies.slow, params, strict=False):
+        if slow is not None:
+            _write(finite, [(slow, copies.rate * p + (1.0 - copies.rate) * slow)])
+    for low, p in zip(copies.low, params, strict=False):
+        _write(finite, [(low, p.to(low.dtype))])
+
+
+def _raw_arguments(params, grads, mu, nu, step, lr, grad_scale) -> tuple:
+    scale = None if grad_scale is None else torch.as_tensor(grad_scale).float().to(lr.device)
+    return list(params), list(grads), list(mu), list(nu), step, lr, scale
+
+
+def _raw_copies(copies: Copies) -> tuple:
+    at = [i for i, slow in enumerate(copies.slow) if slow is not None]
+    return [copies.slow[i] for i in at], at, float(copies.rate), list(copies.low)
+
+
+def _raw_decay(decay_mask: Sequence[bool] | None, count: int) -> list[int]:
+    return [1] * count if decay_mask is None else [int(on) for on in decay_mask]
 
 
 @torch.no_grad()
@@ -80,14 +148,11 @@ def laprop_agc_ref_(
     decay_mask: Sequence[bool] | None = None,
     nesterov: bool = False,
     grad_scale: Tensor | float | None = None,
+    copies: Copies = NONE,
 ) -> tuple[Tensor, Tensor]:  # (), ()
     """`laprop_agc_` in plain PyTorch, one tensor after the other."""
-    if grad_scale is not None:
-        grads = [g / grad_scale for g in grads]
-    norms = [_norm(g) for g in grads]
-    total = torch.stack(norms).square().sum().sqrt() if norms else lr.double() * 0.0
-    finite = torch.isfinite(total)
-    count = step.double() + 1.0
+    grads, norms, total = _unscaled(grads, grad_scale, lr)
+    finite, count = torch.isfinite(total), step.double() + 1.0
     correct1, correct2 = 1.0 - beta1**count, 1.0 - beta2**count
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         if agc > 0.0:
@@ -100,9 +165,8 @@ def laprop_agc_ref_(
         move = ahead / correct1.float()
         if weight_decay and (decay_mask is None or decay_mask[i]):
             move = move + weight_decay * p
-        p.copy_(torch.where(finite, p - lr * move, p))
-        mu[i].copy_(torch.where(finite, first, mu[i]))
-        nu[i].copy_(torch.where(finite, second, nu[i]))
+        _write(finite, [(p, p - lr * move), (mu[i], first), (nu[i], second)])
+    _write_copies(copies, params, finite)
     step.add_(finite.to(step.dtype))
     return total.float(), finite
 
@@ -124,6 +188,7 @@ def laprop_agc_(
     decay_mask: Sequence[bool] | None = None,
     nesterov: bool = False,
     grad_scale: Tensor | float | None = None,
+    copies: Copies = NONE,
 ) -> tuple[Tensor, Tensor]:  # (), ()
     """One optimizer step over a list of tensors, in place.
 
@@ -141,6 +206,7 @@ def laprop_agc_(
         weight_decay: decoupled, on the tensors for which decay_mask is true (all if None).
         nesterov: average the momentum once more with u.
         grad_scale: what the loss was multiplied with; the gradients are divided by it.
+        copies: slow and bfloat16 copies to write in the same pass.
     Returns:
         grad_norm () float32: norm of all gradients, unscaled, before clipping; finite () bool.
     Raises:
@@ -148,19 +214,114 @@ def laprop_agc_(
     Equivalent to:
         the loop of `laprop_agc_ref_`; the first update moves each element by about lr.
     """
-    _check_laprop(params, grads, mu, nu, step, lr, decay_mask)
-    if not _fused((params, mu, nu)):
+    lists = (params, grads, mu, nu)
+    _check("laprop_agc_", *lists, step, lr, decay_mask, copies)
+    if not _fused((params, mu, nu, _raw_copies(copies)[0], copies.low), "laprop_agc_"):
         return laprop_agc_ref_(
-            params, grads, mu, nu, step, lr, agc=agc, pmin=pmin, beta1=beta1, beta2=beta2,
-            eps=eps, weight_decay=weight_decay, decay_mask=decay_mask, nesterov=nesterov,
-            grad_scale=grad_scale,
+            *lists, step, lr, agc=agc, pmin=pmin, beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=weight_decay, decay_mask=decay_mask, nesterov=nesterov,
+            grad_scale=grad_scale, copies=copies,
         )  # fmt: skip
-    scale = None if grad_scale is None else torch.as_tensor(grad_scale).float().to(lr.device)
-    decay = [1] * len(params) if decay_mask is None else [int(on) for on in decay_mask]
     with torch.no_grad():
         return raw.laprop_agc_(
-            list(params), list(grads), list(mu), list(nu), step, lr, scale, agc, pmin, beta1,
-            beta2, eps, weight_decay, decay, nesterov,
+            *_raw_arguments(*lists, step, lr, grad_scale), agc, pmin, beta1, beta2, eps,
+            weight_decay, _raw_decay(decay_mask, len(params)), nesterov, *_raw_copies(copies),
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def adam_ref_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    mu: Sequence[Tensor],
+    nu: Sequence[Tensor],
+    step: Tensor,  # ()
+    lr: Tensor,  # ()
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    decay_mask: Sequence[bool] | None = None,
+    clip_norm: float = 0.0,
+    clip_value: float = 0.0,
+    grad_scale: Tensor | float | None = None,
+    copies: Copies = NONE,
+) -> tuple[Tensor, Tensor]:  # (), ()
+    """`adam_` in plain PyTorch, one tensor after the other."""
+    grads, _, total = _unscaled(grads, grad_scale, lr)
+    finite, count = torch.isfinite(total), step.double() + 1.0
+    correct1, correct2 = (1.0 - beta1**count).float(), (1.0 - beta2**count).float()
+    excess = (total / clip_norm).clamp(min=1.0).float() if clip_norm > 0.0 else None
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        g = g if excess is None else g / excess
+        g = g.clamp(-clip_value, clip_value) if clip_value > 0.0 else g
+        decay = weight_decay if decay_mask is None or decay_mask[i] else 0.0
+        g = g if decoupled or not decay else g + decay * p
+        first = beta1 * mu[i] + (1.0 - beta1) * g
+        second = beta2 * nu[i] + (1.0 - beta2) * g.square()
+        move = first / correct1 / ((second / correct2).sqrt() + eps)
+        move = move + decay * p if decoupled and decay else move
+        _write(finite, [(p, p - lr * move), (mu[i], first), (nu[i], second)])
+    _write_copies(copies, params, finite)
+    step.add_(finite.to(step.dtype))
+    return total.float(), finite
+
+
+def adam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    mu: Sequence[Tensor],
+    nu: Sequence[Tensor],
+    step: Tensor,  # ()
+    lr: Tensor,  # ()
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    decay_mask: Sequence[bool] | None = None,
+    clip_norm: float = 0.0,
+    clip_value: float = 0.0,
+    grad_scale: Tensor | float | None = None,
+    copies: Copies = NONE,
+) -> tuple[Tensor, Tensor]:  # (), ()
+    """One step of Adam over a list of tensors, in place.
+
+    With t the number of this update, counted from one, for every tensor:
+        g  <- clamp(g / grad_scale / max(1, |all g| / clip_norm), -clip_value, clip_value)
+        mu <- beta1 mu + (1-beta1) g;   nu <- beta2 nu + (1-beta2) g^2
+        p  <- p - lr (mu / (1-beta1^t) / (sqrt(nu / (1-beta2^t)) + eps) + weight_decay p)
+    A not-a-number or an infinity in any gradient leaves everything as it was.
+
+    Args:
+        params, grads, mu, nu, step, lr, grad_scale, copies: as in `laprop_agc_`.
+        weight_decay: on the tensors for which decay_mask is true (all if None).
+        decoupled: decay beside the update (AdamW); False: added to the clipped gradient.
+        clip_norm: largest norm of all gradients together; clip_value: of one element; 0: off.
+    Returns:
+        grad_norm () float32: norm of all gradients, unscaled, before clipping; finite () bool.
+    Raises:
+        ValueError, TypeError: lists of unequal length, shapes or types that do not fit.
+    Equivalent to:
+        torch.nn.utils.clip_grad_norm_(params, clip_norm)     # and clip_grad_value_
+        torch.optim.AdamW(params, lr, (beta1, beta2), eps, weight_decay).step()
+    """
+    lists = (params, grads, mu, nu)
+    _check("adam_", *lists, step, lr, decay_mask, copies)
+    if not _fused((params, mu, nu, _raw_copies(copies)[0], copies.low), "adam_"):
+        return adam_ref_(
+            *lists, step, lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+            decoupled=decoupled, decay_mask=decay_mask, clip_norm=clip_norm,
+            clip_value=clip_value, grad_scale=grad_scale, copies=copies,
+        )  # fmt: skip
+    with torch.no_grad():
+        return raw.adam_(
+            *_raw_arguments(*lists, step, lr, grad_scale), clip_norm, clip_value, beta1, beta2,
+            eps, weight_decay, _raw_decay(decay_mask, len(params)), decoupled,
+            *_raw_copies(copies),
         )  # fmt: skip
 
 
@@ -189,15 +350,15 @@ def ema_(
         for s, f in zip(slow, fast): s.lerp_(f, rate)
     """
     _check_lists("ema_", ("slow", "fast"), (slow, fast))
-    if not _fused((slow,)):
+    if not _fused((slow,), "ema_"):
         return ema_ref_(slow, fast, rate, finite)
     with torch.no_grad():
         return raw.ema_(list(slow), list(fast), rate, finite)
 
 
 @register_fake("laprop_agc_")
-def _(params, grads, mu, nu, step, lr, grad_scale, agc, pmin, beta1, beta2, eps, weight_decay,
-      decay, nesterov):  # fmt: skip
+@register_fake("adam_")
+def _(params, grads, mu, nu, step, lr, *settings):
     return lr.new_empty(()), lr.new_empty((), dtype=torch.bool)
 
 

@@ -1,4 +1,4 @@
-"""The optim stem: LaProp with adaptive clipping, and moving averages of parameters."""
+"""The optim stem: LaProp with adaptive clipping, Adam, and moving averages of parameters."""
 
 import math
 
@@ -6,11 +6,21 @@ import pytest
 import torch
 
 from fastwm import ops
-from fastwm.ops import available, ema_, ema_ref_, laprop_agc_, laprop_agc_ref_
+from fastwm.ops import (
+    Copies,
+    adam_,
+    adam_ref_,
+    available,
+    ema_,
+    ema_ref_,
+    laprop_agc_,
+    laprop_agc_ref_,
+)
 from fastwm.ops._backend import raw
 
 fused_only = pytest.mark.skipif(not available("cpu"), reason="no compiled kernels")
 SHAPES = [(13, 7), (), (0, 3), (1,), (33,), (70000,), (2, 1, 3, 5)]
+BOTH = {"laprop": (laprop_agc_, laprop_agc_ref_), "adam": (adam_, adam_ref_)}
 
 
 class Run:
@@ -128,9 +138,99 @@ def test_matches_reference(options, dtype, variant, close):
             close(a, b, msg=lambda m, name=name, i=i: f"{name}[{i}]: {m}")
 
 
+ADAM_OPTIONS = [
+    {},
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "decoupled": False},
+    {"weight_decay": 0.2, "decay_mask": [i % 2 == 0 for i in range(len(SHAPES))]},
+    {"clip_norm": 1.0},
+    {"clip_value": 0.5},
+    {"clip_norm": 100.0, "clip_value": 0.1, "grad_scale": 64.0, "decoupled": False},
+    {"grad_scale": torch.tensor(0.25), "clip_norm": 1e6},
+    {"beta1": 0.5, "beta2": 0.9, "eps": 1e-3},
+]
+
+
+@pytest.mark.parametrize("options", ADAM_OPTIONS, ids=lambda o: "-".join(o) or "default")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_adam_matches_reference(options, dtype, variant, close):
+    ours = lists(spread=3.0)
+    theirs = copies(ours)
+    steps = [torch.tensor(4, dtype=dtype) for _ in range(2)]
+    lr = torch.tensor(1e-2)
+    for _ in range(3):
+        norm, finite = adam_(*ours, steps[0], lr, **options)
+        expected, _ = adam_ref_(*theirs, steps[1], lr, **options)
+        close(norm, expected)
+        assert finite.dtype == torch.bool and finite
+    assert steps[0] == steps[1] == 7
+    for name, got, want in zip(("params", "grads", "mu", "nu"), ours, theirs, strict=True):
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            close(a, b, msg=lambda m, name=name, i=i: f"{name}[{i}]: {m}")
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("clip", [None, "norm", "value"])
+def test_adam_equals_torch(decoupled, clip, variant, close):
+    params, _, _, _ = lists([(13, 7), (33,), ()])
+    theirs = [torch.nn.Parameter(p.clone()) for p in params]
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    other = kind(theirs, lr=1e-2, betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1)
+    mu, nu = ([torch.zeros_like(p) for p in params] for _ in range(2))
+    step, lr = torch.tensor(0), torch.tensor(1e-2)
+    options = {"beta1": 0.8, "beta2": 0.99, "eps": 1e-6, "weight_decay": 0.1}
+    options |= {"decoupled": decoupled, "clip_norm": 1.0 if clip == "norm" else 0.0}
+    options |= {"clip_value": 0.3 if clip == "value" else 0.0}
+    for _ in range(5):
+        grads = [torch.randn_like(p) for p in params]
+        for p, g in zip(theirs, grads, strict=True):
+            p.grad = g.clone()
+        if clip == "norm":
+            torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        elif clip == "value":
+            torch.nn.utils.clip_grad_value_(theirs, 0.3)
+        other.step()
+        adam_(params, grads, mu, nu, step, lr, **options)
+        for p, q in zip(params, theirs, strict=True):
+            close(p, q.detach())
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("bad", [False, True])
+def test_copies_follow_in_the_same_pass(name, bad, variant, close):
+    ours = lists()
+    if bad:
+        ours[1][5][60000] = float("inf")
+    slow = [None if i % 2 else torch.randn_like(p) for i, p in enumerate(ours[0])]
+    low = [torch.full_like(p, 7.0, dtype=torch.bfloat16) for p in ours[0]]
+    before = copies([[s for s in slow if s is not None], low])
+    _, finite = BOTH[name][0](
+        *ours, torch.tensor(4), torch.tensor(1e-2), copies=Copies(slow, 0.2, low)
+    )
+    assert finite == (not bad)
+    for p, b in zip(ours[0], low, strict=True):
+        assert torch.equal(b, torch.full_like(b, 7.0) if bad else p.bfloat16())
+    present = [i for i, s in enumerate(slow) if s is not None]
+    for i, old in zip(present, before[0], strict=True):
+        close(slow[i], old if bad else 0.2 * ours[0][i] + 0.8 * old)
+
+
+@fused_only
+def test_bfloat16_copies_round_like_torch():
+    numbers = [1.0, 1.00390625, 1.01171875, -3.4e38, 1e-40, 3.3961775e38, -0.0, float("nan")]
+    values, zero = torch.tensor(numbers), torch.zeros(8)
+    low = torch.empty_like(values, dtype=torch.bfloat16)
+    adam_([values], [zero], [zero.clone()], [zero.clone()], torch.tensor(4), torch.tensor(0.0),
+          copies=Copies(low=[low]))  # fmt: skip
+    expected = torch.tensor(numbers).bfloat16()
+    assert torch.equal(low[:-1].view(torch.int16), expected[:-1].view(torch.int16))
+    assert low[-1].isnan()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["gradient", "scale"])
-def test_a_non_finite_update_writes_nothing(bad, where, variant):
+@pytest.mark.parametrize("name", BOTH)
+def test_a_non_finite_update_writes_nothing(bad, where, name, variant):
     ours = lists()
     scale = 1.0
     if where == "gradient":
@@ -140,7 +240,7 @@ def test_a_non_finite_update_writes_nothing(bad, where, variant):
     else:
         pytest.skip("an infinite scale makes zeros")
     before, step = copies(ours), torch.tensor(4)
-    _, finite = laprop_agc_(*ours, step, torch.tensor(1e-2), grad_scale=scale)
+    _, finite = BOTH[name][0](*ours, step, torch.tensor(1e-2), grad_scale=scale)
     assert not finite and step == 4
     for got, want in zip(ours, before, strict=True):
         assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(got, want, strict=True))
@@ -148,11 +248,13 @@ def test_a_non_finite_update_writes_nothing(bad, where, variant):
         assert all(torch.equal(a, b) for a, b in zip(ours[group], before[group], strict=True))
 
 
-def test_huge_gradients_are_finite(variant, close):
+@pytest.mark.parametrize("name", BOTH)
+def test_huge_gradients_are_finite(name, variant, close):
     ours = lists([(40,), (1030,)], spread=1e30)
-    theirs = copies(ours)
-    norm, finite = laprop_agc_(*ours, torch.tensor(4), torch.tensor(1e-2))
-    laprop_agc_ref_(*theirs, torch.tensor(4), torch.tensor(1e-2))
+    theirs, (step, reference) = copies(ours), BOTH[name]
+    options = {} if name == "laprop" else {"clip_norm": 1.0}
+    norm, finite = step(*ours, torch.tensor(4), torch.tensor(1e-2), **options)
+    reference(*theirs, torch.tensor(4), torch.tensor(1e-2), **options)
     assert finite and norm.isfinite()
     for a, b in zip(ours[0], theirs[0], strict=True):
         close(a, b)
@@ -182,9 +284,10 @@ def test_parameters_of_any_stride(variant, close):
 
 
 def test_empty_list(variant):
-    step = torch.tensor(4)
-    norm, finite = laprop_agc_([], [], [], [], step, torch.tensor(1e-2))
-    assert norm == 0 and finite and step == 5
+    for update, _ in BOTH.values():
+        step = torch.tensor(4)
+        norm, finite = update([], [], [], [], step, torch.tensor(1e-2))
+        assert norm == 0 and finite and step == 5
     ema_([], [], 0.5)
 
 
@@ -212,31 +315,43 @@ def test_two_runs_are_equal_on_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def raw_args(groups, step=4, lr=1e-2):
-    rest = (None, 0.3, 1e-3, 0.9, 0.999, 1e-20, 0.0, [1] * len(groups[0]), False)
-    return (*groups, torch.tensor(step), torch.tensor(lr), *rest)
+def raw_args(groups, step=4, lr=1e-2, op="laprop_agc_"):
+    """Arguments of a raw op: groups, step, lr, scale, settings, then what the copies need."""
+    count = len(groups[0])
+    settings = (0.3, 1e-3, 0.9, 0.999, 1e-20, 0.0, [1] * count, False)
+    if op == "adam_":
+        settings = (1.0, 0.5, 0.9, 0.999, 1e-8, 0.1, [1] * count, True)
+    slow, low = [torch.randn_like(groups[0][0])], [p.bfloat16() for p in groups[0]]
+    return [*groups, torch.tensor(step), torch.tensor(lr), None, *settings, slow, [0], 0.1, low]
 
 
 @fused_only
 def test_opcheck():
     groups = lists([(3, 4), (5,)])
-    torch.library.opcheck(raw.laprop_agc_.default, raw_args(groups))
+    for op in ("laprop_agc_", "adam_"):
+        torch.library.opcheck(getattr(raw, op).default, raw_args(groups, op=op))
     torch.library.opcheck(raw.ema_.default, (groups[0], groups[1], 0.02, torch.tensor(True)))
 
 
 def test_fullgraph_compile(variant, close):
     def update(params, grads, mu, nu, step, lr):
-        norm, finite = laprop_agc_(params, grads, mu, nu, step, lr)
+        low = [torch.zeros_like(p, dtype=torch.bfloat16) for p in params]
+        norm, finite = laprop_agc_(
+            params, grads, mu, nu, step, lr, copies=Copies([None, nu[1]], 0.1, low)
+        )
+        adam_(params, grads, mu, nu, step, lr)
         ema_(mu, grads, 0.5, finite)
-        return norm
+        return norm, low[0].float()
 
     torch._dynamo.reset()
     ours = lists([(3, 4), (5,)])
     theirs, lr = copies(ours), torch.tensor(1e-2)
     steps = [torch.tensor(4) for _ in range(2)]
     compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
-    close(compiled(*ours, steps[0], lr), update(*theirs, steps[1], lr))
-    assert steps[0] == 5
+    results = compiled(*ours, steps[0], lr), update(*theirs, steps[1], lr)
+    for a, b in zip(*results, strict=True):
+        close(a, b)
+    assert steps[0] == 6
     for got, want in zip(ours, theirs, strict=True):
         for a, b in zip(got, want, strict=True):
             close(a, b)
@@ -249,7 +364,7 @@ def test_bad_input_messages(variant):
         laprop_agc_(params, grads[1:], mu, nu, step, lr)
     with pytest.raises(ValueError, match=r"expected mu\[0\] of shape \(3, 4\), got \(5,\)"):
         laprop_agc_(params, grads, mu[::-1], nu, step, lr)
-    with pytest.raises(TypeError, match=r"expected nu\[1\] in float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"expected nu\[1\] in torch.float32, got torch.float64"):
         laprop_agc_(params, grads, mu, [nu[0], nu[1].double()], step, lr)
     with pytest.raises(TypeError, match="step as a 0-d int64 or float32"):
         laprop_agc_(params, grads, mu, nu, torch.tensor([4]), lr)
@@ -257,6 +372,12 @@ def test_bad_input_messages(variant):
         laprop_agc_(params, grads, mu, nu, step, lr.double())
     with pytest.raises(ValueError, match="decay_mask of length 2, got 1"):
         laprop_agc_(params, grads, mu, nu, step, lr, decay_mask=[True])
+    with pytest.raises(
+        ValueError, match=r"adam_: expected as many slow copies as params = 2, got 1"
+    ):
+        adam_(params, grads, mu, nu, step, lr, copies=Copies([None]))
+    with pytest.raises(TypeError, match=r"low copies\[0\] in torch.bfloat16, got torch.float32"):
+        adam_(params, grads, mu, nu, step, lr, copies=Copies(low=nu))
     with pytest.raises(ValueError, match=r"expected fast\[0\] of shape"):
         ema_(params, params[::-1], 0.5)
 
@@ -276,9 +397,15 @@ def test_raw_ops_refuse_forged_input():
     for broken in forged:
         with pytest.raises(RuntimeError, match="expected"):
             raw.laprop_agc_(*raw_args(broken))
-    with pytest.raises(RuntimeError, match="decay"):
-        raw.laprop_agc_(*raw_args(groups)[:-2], [1], False)
-    with pytest.raises(RuntimeError, match="lr"):
-        raw.laprop_agc_(*raw_args(groups)[:5], torch.ones(2), *raw_args(groups)[6:])
+    args = raw_args(groups)
+    twisted = [wrong.bfloat16(), groups[0][1].bfloat16()]
+    for place, value in ((13, [1]), (5, torch.ones(2)), (4, torch.ones(1)), (15, [wrong]),
+                         (16, []), (16, [2]), (16, [-1]), (18, groups[0]), (18, twisted),
+                         (18, args[18][:1])):  # fmt: skip
+        for op in ("laprop_agc_", "adam_"):
+            broken = raw_args(groups, op=op)
+            broken[place] = value
+            with pytest.raises(RuntimeError, match="expected"):
+                getattr(raw, op)(*broken)
     with pytest.raises(RuntimeError, match="expected"):
         raw.ema_(params, [params[0], wrong], 0.5, None)
