@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -18,6 +20,7 @@ try:
 except envs.MissingPackageError as error:
     pytest.skip(str(error), allow_module_level=True)
 
+from fastwm.envs.lanes import make_lanes  # noqa: E402
 from fastwm.envs.vizdoom import LEFT, RIGHT, STAY, buttons, sandboxed  # noqa: E402
 
 STEPS = 130  # whoever stays in place dies after about 95 tics
@@ -135,3 +138,36 @@ def test_the_folder_of_doom_goes_with_the_environments():
     gc.collect()
     time.sleep(0.1)
     assert not os.path.isdir(folder)
+
+
+def test_leaving_without_close_is_silent():
+    """Doom saves its settings when it ends, so its folder must go last."""
+    code = "from fastwm import envs; env = envs.make('takecover', 1); env.reset()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_lanes_with_equal_seeds_play_the_same_game():
+    lanes = make_lanes("takecover", [5, 5, 6], actions="continuous")
+    assert lanes.common
+    first = lanes.reset()["image"]
+    ended = False
+    for _ in range(110):
+        lanes.send(np.zeros((2, 1), np.float32), np.array([1, 2]))
+        rows = lanes.receive()
+        if rows["is_last"][0]:
+            ended = True
+            break
+        assert rows["reward"].tolist() == [1, 1]
+    assert ended and rows["is_terminal"][0]
+    lanes.close()
+    pair = make_lanes("takecover", [5, 5, 6], actions="continuous")
+    assert (pair.reset()["image"] == first).all()
+    different = False
+    for _ in range(60):
+        pair.send(np.zeros((3, 1), np.float32), np.arange(3))
+        image = pair.receive()["image"]
+        assert (image[0] == image[1]).all()
+        different |= bool((image[0] != image[2]).any())
+    assert different
+    pair.close()

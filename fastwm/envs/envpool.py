@@ -20,6 +20,7 @@ import functools
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,11 +95,11 @@ class EnvpoolEnv(VecEnv):
     def _make_pool(
         self, envpool: Any, env_id: str, render_mode: str | None, settings: dict
     ) -> None:
-        from fastwm.envs.vizdoom import sandboxed
+        from fastwm.envs.vizdoom import end, sandboxed
 
         self._env_id, self._render_mode = env_id, render_mode
-        self._pool = None  # set before the folder, so that it also goes before the folder
         more, self._folder = sandboxed(env_id)
+        weakref.finalize(self, end, self.__dict__)
         settings = {**more, **settings}
         if render_mode is not None:
             settings = {**settings, "render_mode": render_mode}
@@ -211,8 +212,10 @@ class EnvpoolEnv(VecEnv):
             return None
 
     def close(self) -> None:
-        # The pool has no close; its threads end with the last reference, and Doom with them.
-        self._pool = self._folder = None
+        # The pool has no close; its threads end with the last reference.
+        from fastwm.envs.vizdoom import end
+
+        end(self.__dict__)
 
 
 def _select(tree: Any, ids: np.ndarray) -> Any:

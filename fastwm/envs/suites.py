@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -153,6 +153,8 @@ def _takecover(
     action_repeat: int = 1,
     actions: str = "discrete",
     length: int = 2100,
+    seeds: Sequence[int] | None = None,
+    num_threads: int = 0,
 ) -> VecEnv:
     """ViZDoom's TakeCover: actions "discrete" or "continuous"; length in tics."""
     from fastwm.envs.envpool import load_envpool
@@ -161,6 +163,7 @@ def _takecover(
     from fastwm.envs.vizdoom import TakeCover
 
     options = {"action_repeat": action_repeat, "actions": actions, "length": length}
+    options |= {"seeds": seeds, "num_threads": num_threads}
     return TakeCover(num_envs, seed, task=task, obs=obs, **options)
 
 

@@ -6,9 +6,11 @@ the user's. So envpool is given a two-line script in a temporary folder that cha
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ LENGTH = 2100  # tics, 60 s at Doom's 35 a second
 def sandboxed(env_id: str) -> tuple[dict[str, Any], tempfile.TemporaryDirectory | None]:
     """(settings that start Doom in a folder of its own, that folder); empty for other games.
 
-    The folder must live as long as the pool.
+    The folder must live as long as the pool: see `end`.
     """
     from envpool.registration import registry
 
@@ -39,6 +41,15 @@ def sandboxed(env_id: str) -> tuple[dict[str, Any], tempfile.TemporaryDirectory 
     script.write_text(f'#!/bin/sh\ncd {here} && exec {doom} "$@"\n')
     script.chmod(0o700)
     return {"vzd_path": str(script)}, folder
+
+
+def end(state: dict[str, Any]) -> None:
+    """Drops the pool of an EnvpoolEnv's attributes, and then the folder that Doom writes into."""
+    state["_pool"] = None
+    folder, state["_folder"] = state.get("_folder"), None
+    if folder is not None:
+        gc.collect()  # an exception may still hold the pool
+        folder.cleanup()
 
 
 class TakeCover(EnvpoolEnv):
@@ -63,6 +74,8 @@ class TakeCover(EnvpoolEnv):
         action_repeat: int = 1,
         actions: str = "discrete",
         length: int = LENGTH,
+        seeds: Sequence[int] | None = None,
+        num_threads: int = 0,
     ) -> None:
         if actions not in ("discrete", "continuous"):
             raise EnvOptionError(
@@ -80,6 +93,8 @@ class TakeCover(EnvpoolEnv):
             task=task,
             obs=obs,
             action_repeat=action_repeat,
+            seeds=seeds,
+            num_threads=num_threads,
             use_combined_action=True,
             frame_skip=1,
             stack_num=1,
@@ -109,10 +124,15 @@ class _Survival:
         return obs[:, :, : self._height], info
 
     def step(self, action: np.ndarray, *ids: np.ndarray) -> tuple:
-        if self._continuous:
-            action = buttons(action[:, 0])
-        obs, reward, terminal, truncated, info = self._pool.step(action, *ids)
-        return obs[:, :, : self._height], np.ones_like(reward), terminal, truncated, info
+        self.send(action, *ids)
+        return self.recv()
+
+    def send(self, action: np.ndarray, *ids: np.ndarray) -> None:
+        self._pool.send(buttons(action[:, 0]) if self._continuous else action, *ids)
+
+    def recv(self) -> tuple:
+        obs, reward, *rest = self._pool.recv()
+        return obs[:, :, : self._height], np.ones_like(reward), *rest
 
     def render(self, **options: Any) -> np.ndarray:
         return self._pool.render(**options)
