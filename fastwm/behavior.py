@@ -114,12 +114,11 @@ class Critic(nn.Module):
         return self.mean(self.slow(features))
 
     @torch.no_grad()
-    def follow(self, updates: int, finite: Tensor) -> None:
-        """Move the slow copy; `finite` False leaves it."""
-        if updates % self.slow_every == 0:
-            ops.ema_(
-                list(self.slow.parameters()), list(self.net.parameters()), self.slow_rate, finite
-            )
+    def follow(self, updates: Tensor, finite: Tensor) -> None:  # () int64, () bool
+        """Move the slow copy where that is due; `finite` False leaves it."""
+        if self.slow_every > 1:
+            finite = finite & (updates % self.slow_every == 0)
+        ops.ema_(list(self.slow.parameters()), list(self.net.parameters()), self.slow_rate, finite)
 
 
 class ReturnNorm(nn.Module):

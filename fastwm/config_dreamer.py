@@ -129,6 +129,9 @@ class DreamerConfig:
     seed: int = key(0, "of networks, actions, sampling and environments", 0, fixed=True)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where networks run")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", "of matrix products")
+    cudagraphs: Literal["auto", "on", "off"] = key(
+        "auto", "an update as one CUDA graph; auto: on a GPU"
+    )
     deterministic: bool = key(False, "same seed, same machine: same bytes; no times in the log")
     threads: int = key(0, "CPU threads of PyTorch; 0: PyTorch's choice", 0)
     steps: int = key(10_000_000_000, "env_steps of the whole run", 0)

@@ -16,9 +16,11 @@ from fastwm.agents.policy import RecurrentPolicy, pack_policy
 from fastwm.agents.video import open_loop_video
 from fastwm.behavior import Actor, Critic, ReturnNorm, imag_loss, repl_loss
 from fastwm.config import DreamerConfig
+from fastwm.cudagraph import CudaRecorder, GraphedUpdate
 from fastwm.nets import FirstLayers
 from fastwm.optim import LaProp, LossScale
 from fastwm.rssm import feat
+from fastwm.settings import ConfigError
 from fastwm.spaces import Space
 from fastwm.worldmodels.dreamer import Posterior, WorldModel
 
@@ -104,6 +106,15 @@ class DreamerAgent:
         # Class indices travel in the smallest type that holds them.
         self.index_dtype = torch.uint8 if config.rssm.classes <= 256 else torch.int32
         self.updates = 0
+        self.counter = torch.zeros((), dtype=torch.int64, device=self.device)  # the same, there
+        self.step = self.update_on_device
+        if config.cudagraphs == "on" and self.device.type != "cuda":
+            raise ConfigError(
+                f"DreamerAgent: expected cudagraphs auto or off on device {self.device}, got on; "
+                "graphs are of CUDA"
+            )
+        if config.cudagraphs != "off" and self.device.type == "cuda":
+            self.step = GraphedUpdate(self.update_on_device, CudaRecorder([self.generator]))
         self.loss_terms: dict[str, Tensor] = {}
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
@@ -341,13 +352,18 @@ class DreamerAgent:
         back: deter (B, T, D) bfloat16, stoch (B, T, S). A non-finite loss or gradient changes no
         parameter, moment or normalizer; metrics["opt/finite"] tells.
         """
-        batch = self.to_device(batch)
+        metrics, latents = self.step(self.to_device(batch))
+        self.updates += 1
+        return metrics, latents
+
+    def update_on_device(self, batch: dict[str, Tensor]) -> tuple[dict, dict]:
+        """All of `update` that a CUDA graph can hold: no host sync, no number kept in Python."""
         out = self.losses(batch, self.draw_noise(*batch["is_first"].shape))
         self.optimizer.zero_grad()
         grad_norm, applied, finite = self.descend(out.total)
         self.model.return_norm.commit(out.return_range, applied)
-        self.updates += 1
-        self.model.critic.follow(self.updates, applied)
+        self.counter += 1
+        self.model.critic.follow(self.counter, applied)
         self.loss_terms = {name: term.detach() for name, term in out.terms.items()}
         metrics = {f"loss/{name}": term.mean() for name, term in self.loss_terms.items()}
         metrics |= out.metrics
@@ -438,5 +454,6 @@ class DreamerAgent:
         self.generator.set_state(state["generator"].cpu())
         self.act_generator.set_state(state["act_generator"].cpu())
         self.updates = int(state["updates"])
+        self.counter.fill_(self.updates)
         if self.loss_scale is not None and state.get("loss_scale"):  # precision may change
             self.loss_scale.load_state_dict(state["loss_scale"])
