@@ -33,6 +33,13 @@ SHORT = {
     "actor_loss": ("train/loss/policy",),
     "value_loss": ("train/loss/value",),
     "kl_divergence": ("train/loss/dyn",),
+    "actor_entropy": ("train/ent",),
+    "train_return": ("episode/score",),
+    "train_length": ("episode/length",),
+    "train_episodes": ("episode/total",),
+    "eval_length": ("eval/length",),
+    "eval_episodes": ("eval/episodes",),
+    "dataset_size": ("replay/rows",),
 }
 SECTIONS = ("env", "policy", "replay", "copy", "learner", "log", "eval")
 
@@ -217,14 +224,46 @@ class Logger:
 
         Args: frames: (T, H, W, 3) uint8. Returns: the file's path.
         """
-        path = self.run / "videos" / f"{name.replace('/', '_')}-{env_steps:09d}.gif"
         data = gif(frames, fps)
+        self._image(name, data, frames.shape[1:3], env_steps)
+        return self._file(name, "gif", data, env_steps)
+
+    def picture(self, name: str, pixels: np.ndarray, env_steps: int) -> Path:
+        """A picture (H, W, 3) uint8 as <run>/videos/<name>-<env_steps>.png and in TensorBoard."""
+        data = png(pixels)
+        self._image(f"{name}_strip", data, pixels.shape[:2], env_steps)
+        return self._file(name, "png", data, env_steps)
+
+    def histograms(self, tensors: Iterable[tuple[str, torch.Tensor]], env_steps: int) -> None:
+        """Distributions of parameters and of their gradients, in TensorBoard."""
+        if not self.board:
+            return
+        for name, tensor in tensors:
+            path = name.replace(".", "/")
+            self.board.add_histogram(f"weight/{path}", tensor.detach().float().cpu(), env_steps)
+            if tensor.grad is not None and torch.isfinite(tensor.grad).all():
+                grad = tensor.grad.detach().float().cpu()
+                self.board.add_histogram(f"gradient/{path}", grad, env_steps)
+
+    def _file(self, name: str, ending: str, data: bytes, env_steps: int) -> Path:
+        path = self.run / "videos" / f"{name.replace('/', '_')}-{env_steps:09d}.{ending}"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
-        if self.board:
-            for tag in (name, name.replace("openloop/", "train_openl/")):
-                _add_gif(self.board, tag, data, frames.shape, env_steps)
         return path
+
+    def _image(self, name: str, data: bytes, size: tuple[int, ...], env_steps: int) -> None:
+        """TensorBoard shows an image summary that holds a GIF as a video."""
+        if not self.board:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        tag = name.replace("/image", "")  # readers look for train_openl
+        image = Summary.Image(
+            height=size[0], width=size[1], colorspace=3, encoded_image_string=data
+        )
+        self.board.file_writer.add_summary(
+            Summary(value=[Summary.Value(tag=tag, image=image)]), env_steps
+        )
 
     def state_dict(self) -> dict:
         """Where the log stands: what lies beyond it is cut off when a run resumes from here."""
@@ -257,6 +296,7 @@ class Logger:
         stepped, updated = env_steps - self.last["env_steps"], updates - self.last["updates"]
         return {
             "speed/env_steps_per_s": stepped / seconds,
+            "fps": stepped * self.action_repeat / seconds,
             "speed/updates_per_s": updated / seconds,
             "speed/updates_per_env_step": updated / max(stepped, 1),
             "speed/eta_s": (self.steps - env_steps) * seconds / max(stepped, 1),
@@ -280,6 +320,15 @@ def gif(frames: Iterable[np.ndarray], fps: int = 15) -> bytes:
         loop=0,
         duration=max(20, round(1000 / fps)),
     )  # viewers slow anything below 20 ms down
+    return data.getvalue()
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 as a PNG file."""
+    from PIL import Image
+
+    data = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(data, format="PNG")
     return data.getvalue()
 
 
@@ -311,14 +360,6 @@ def _open_bar(steps: int, env_steps: int, every_s: float) -> Any:
         bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt}{unit} {rate_fmt} "
         "ETA {remaining}   {desc}",
     )
-
-
-def _add_gif(board: Any, name: str, data: bytes, shape: tuple[int, ...], env_steps: int) -> None:
-    """TensorBoard shows an image summary that holds a GIF as a video."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    image = Summary.Image(height=shape[1], width=shape[2], colorspace=3, encoded_image_string=data)
-    board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), env_steps)
 
 
 def _short_names(values: Mapping[str, float]) -> dict[str, float]:

@@ -177,6 +177,55 @@ def test_play_films_every_episode(finished, tmp_path, capsys):
         assert sum(durations) == 50 * (steps + 1)
 
 
+@pytest.mark.parametrize(
+    "argv, mode",
+    [
+        ([], "sample"),
+        (["--action-mode"], "greedy"),
+        (["--action-mode", "greedy"], "greedy"),
+        (["--action-mode", "sample"], "sample"),
+        (["--deterministic"], "greedy"),
+    ],
+)
+def test_play_chooses_actions_as_told(finished, monkeypatch, argv, mode):
+    seen = []
+
+    def note(*args, mode, **options):
+        seen.append(mode)
+        return {"scores": [1.0], "lengths": [2]}
+
+    monkeypatch.setattr("fastwm.loops.evaluate.evaluate", note)
+    assert play.main(["--logdir", str(finished), *argv]) == 0
+    assert seen == [mode]
+
+
+@pytest.mark.parametrize(
+    "argv, which",
+    [
+        ([], "best"),
+        (["--use-best"], "best"),
+        (["--use-best", "True"], "best"),
+        (["--use-best", "False"], "latest"),
+        (["--checkpoint", "latest"], "latest"),
+    ],
+)
+def test_use_best_is_a_name_for_the_checkpoint(argv, which):
+    args = play.options().parse_args(["run", *argv])
+    assert args.checkpoint == which and (args.episodes, args.gif_fps) == (5, 20)
+
+
+def test_the_folder_is_given_once(finished, capsys):
+    for argv in ([], [str(finished), "--logdir", str(finished)]):
+        with pytest.raises(SystemExit) as stop:
+            play.main(argv)
+        assert stop.value.code == 2 and "expected one run folder" in capsys.readouterr().err
+
+
+def test_play_stops_after_max_steps(finished, capsys):
+    assert play.main([str(finished), "--episodes", "2", "--max-steps", "3"]) == 0
+    assert capsys.readouterr().out.count(", 3 steps") == 2
+
+
 def test_play_without_gif_writes_nothing(finished, capsys):
     before = content(finished)
     assert play.main([str(finished), "--episodes", "1"]) == 0

@@ -163,15 +163,23 @@ def test_tensorboard_has_scalars_short_names_and_video(tmp_path):
     log.set({"eval/return": 3.0})
     log.write(10, 1)
     frames = np.random.default_rng(0).integers(0, 255, (4, 8, 8, 3), dtype=np.uint8)
-    path = log.video("openloop/image", frames, 10)
+    path = log.video("train_openl/image", frames, 10)
+    other = log.picture("train_openl/top", frames[0], 10)
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.arange(3.0)
+    log.histograms([("net.weight", weight), ("net.bias", torch.zeros(2))], 10)
     log.close()
-    assert path == tmp_path / "videos" / "openloop_image-000000010.gif"
+    assert path == tmp_path / "videos" / "train_openl_image-000000010.gif"
+    assert other.name == "train_openl_top-000000010.png"
     found = events.EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
     tags = found.Tags()
     assert {"eval/return", "eval_return", "speed/env_steps_per_s"} <= set(tags["scalars"])
     assert found.Scalars("eval_return")[0].step == 10
-    for tag in ("openloop/image", "train_openl/image"):
-        assert found.Images(tag)[0].encoded_image_string == path.read_bytes()
+    assert found.Images("train_openl")[0].encoded_image_string == path.read_bytes()
+    assert found.Images("train_openl/top_strip")[0].encoded_image_string == other.read_bytes()
+    histograms = {"weight/net/weight", "gradient/net/weight", "weight/net/bias"}
+    assert set(tags["histograms"]) == histograms
+    assert found.Histograms("gradient/net/weight")[0].histogram_value.max == 2.0
 
 
 def test_missing_tensorboard_warns_once_and_goes_on(tmp_path, monkeypatch):
@@ -199,4 +207,5 @@ def test_the_bar_tells_what_matters(tmp_path, capsys):
 
 
 def test_short_names_are_those_that_readers_look_for():
-    assert set(SHORT) == {"eval_return", "model_loss", "actor_loss", "value_loss", "kl_divergence"}
+    promised = {"eval_return", "model_loss", "actor_loss", "value_loss", "kl_divergence"}
+    assert set(SHORT) >= promised | {"train_return", "train_length", "eval_length"}

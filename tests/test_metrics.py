@@ -32,7 +32,8 @@ def written(tmp_path_factory) -> set[str]:
         assert train.main([*RUN, *more, "--task", task, "--logdir", str(run)]) == 0
         for line in (run / "metrics.jsonl").read_text().splitlines():
             names |= set(json.loads(line))
-        names |= {re.sub("_", "/", p.name.split("-")[0], count=1) for p in run.glob("videos/*")}
+        files = {p.name.split("-")[0] for p in run.glob("videos/*.gif")}
+        names |= {name.replace("openl_", "openl/") for name in files}
     return names
 
 

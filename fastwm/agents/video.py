@@ -30,6 +30,22 @@ def open_loop_video(truth: Tensor, model: Tensor, context: int) -> np.ndarray:
     return np.concatenate(list(out), 2)
 
 
+def strip(frames: np.ndarray, width: int, rows: int = 4, columns: int = 12) -> np.ndarray:
+    """A video of `open_loop_video` as one picture: a row of it per sequence, time to the right.
+
+    frames: (T, H', B*(W + 4), 3) uint8. width: W of one image. Returns (H, W, 3) uint8 with at most
+    `rows` sequences and `columns` moments, evenly spaced from the first to the last.
+    """
+    one = width + 2 * BORDER
+    moments = np.unique(np.linspace(0, len(frames) - 1, columns).round().astype(int))
+    count = min(rows, frames.shape[2] // one)
+    lines = [
+        np.concatenate([frames[t][:, b * one : (b + 1) * one] for t in moments], 1)
+        for b in range(count)
+    ]
+    return np.concatenate(lines, 0)
+
+
 def to_rgb(x: Tensor) -> Tensor:  # (..., C) -> (..., 3)
     """The last three channels (the newest frame of a stack), or gray repeated."""
     if x.shape[-1] < 3:

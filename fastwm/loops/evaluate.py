@@ -26,6 +26,7 @@ def evaluate(
     seed: int,
     max_steps: int = 0,
     watch: Watcher | None = None,
+    record: Callable[[dict, np.ndarray, dict], None] | None = None,
 ) -> dict[str, list]:
     """Scores of exactly `episodes` whole episodes.
 
@@ -37,44 +38,67 @@ def evaluate(
              "sample". seed: of the environments and of the agent's noise. max_steps: actions after
              which an episode counts as it stands, and what follows as another one; 0: never.
              watch: called with (numbers of the environments whose episodes count, rows, envs) at
-             every row; a row where an episode was counted has is_last.
+             every row; a row where an episode was counted has is_last. record: called with (rows,
+             actions, latents) at every decision.
     Returns: "scores" (sums of rewards), "lengths" (actions taken) and "cut" (whether it was longer
              than max_steps), ordered by environment.
     The agent's own generators and state are not touched: training goes on as if nothing happened.
     """
     count = min(envs, episodes)
-    quota = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
-    scores: list[list[float]] = [[] for _ in range(count)]
-    lengths: list[list[int]] = [[] for _ in range(count)]
-    cuts: list[list[bool]] = [[] for _ in range(count)]
-    score, length = np.zeros(count), np.zeros(count, np.int64)
+    tally = Tally(count, episodes, max_steps)
     noise = torch.Generator(agent.device).manual_seed(seed)
     vec_env = make_envs(count, seed)
     try:
         rows, state = vec_env.reset(), agent.initial_state(count)
         while True:
-            score = np.where(rows["is_first"], 0.0, score) + rows["reward"]
-            length = np.where(rows["is_first"], 0, length + 1)
-            counted = np.array([len(done) for done in scores]) < quota
-            over = rows["is_last"] | (length >= max_steps if max_steps else False)
+            counted = tally.open
+            over = tally.add(rows)
             if watch is not None:
                 watch(np.flatnonzero(counted), {**rows, "is_last": over}, vec_env)
-            for i in np.flatnonzero(over & counted):
-                scores[i].append(float(score[i]))
-                lengths[i].append(int(length[i]))
-                cuts[i].append(not rows["is_last"][i])
-            score, length = np.where(over, 0.0, score), np.where(over, 0, length)
-            if all(len(done) == n for done, n in zip(scores, quota, strict=True)):
-                break
-            action, state, _ = agent.act(rows, state, mode, noise)
+            if not tally.open.any():
+                return tally.found()
+            action, state, latents = agent.act(rows, state, mode, noise)
+            if record is not None:
+                record(rows, action, latents)
             rows = vec_env.step(action)
     finally:
         vec_env.close()
-    return {
-        "scores": [s for done in scores for s in done],
-        "lengths": [n for done in lengths for n in done],
-        "cut": [c for done in cuts for c in done],
-    }
+
+
+class Tally:
+    """Scores of the episodes that count, `episodes` of them shared out over `count` environments.
+
+    max_steps: actions after which an episode counts as it stands; 0: never.
+    """
+
+    def __init__(self, count: int, episodes: int, max_steps: int) -> None:
+        self.quota = np.full(count, episodes // count) + (np.arange(count) < episodes % count)
+        self.episodes: list[list[tuple[float, int, bool]]] = [[] for _ in range(count)]
+        self.score, self.length = np.zeros(count), np.zeros(count, np.int64)
+        self.max_steps = max_steps
+
+    @property
+    def open(self) -> np.ndarray:
+        """(N,) bool: environments that still owe episodes."""
+        return np.array([len(done) for done in self.episodes]) < self.quota
+
+    def add(self, rows: dict[str, np.ndarray]) -> np.ndarray:
+        """Count a row of every environment; returns where an episode ends or is cut off."""
+        self.score = np.where(rows["is_first"], 0.0, self.score) + rows["reward"]
+        self.length = np.where(rows["is_first"], 0, self.length + 1)
+        over = rows["is_last"] | (self.length >= self.max_steps if self.max_steps else False)
+        for i in np.flatnonzero(over & self.open):
+            cut = not rows["is_last"][i]
+            self.episodes[i].append((float(self.score[i]), int(self.length[i]), cut))
+        self.score = np.where(over, 0.0, self.score)
+        self.length = np.where(over, 0, self.length)
+        return over
+
+    def found(self) -> dict[str, list]:
+        """scores, lengths and cut of all episodes, ordered by environment."""
+        every = [episode for done in self.episodes for episode in done]
+        names = ("scores", "lengths", "cut")
+        return {name: [episode[i] for episode in every] for i, name in enumerate(names)}
 
 
 def seed_of(seed: int, *branch: int) -> int:

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from fastwm.agents.video import strip
 from fastwm.loops import clock, resume
 from fastwm.loops.evaluate import evaluate, seed_of, summarize
 from fastwm.loops.finite import FiniteWatch, NonFiniteError
+from fastwm.loops.record import Recorder, videos
 from fastwm.loops.signals import stop_signals
 from fastwm.loops.transfer import Transfer
 
@@ -87,6 +89,7 @@ class OnlineRun:
             "eval": clock.Every(config.eval.every),
             "log": clock.Every(config.log.every),
             "video": clock.Every(config.log.video_every),
+            "histogram": clock.Every(config.log.histogram_every),
             "checkpoint": clock.Every(config.checkpoint.every),
         }
         self.finite = FiniteWatch()
@@ -164,6 +167,7 @@ class OnlineRun:
 
     def _evaluate(self) -> None:
         options = self.config.eval
+        recorder = Recorder(self.config.batch_length) if self._films() else None
         with self.logger.time("eval"):
             found = evaluate(
                 self.agent,
@@ -173,6 +177,7 @@ class OnlineRun:
                 mode=options.mode,
                 max_steps=options.max_steps,
                 seed=seed_of(self.config.seed, 1, self.env_steps),
+                record=recorder,
             )
         self.evaluated_at = self.env_steps
         result = summarize(found)
@@ -183,6 +188,9 @@ class OnlineRun:
         self._log()
         where = f"env_steps {self.env_steps}, updates {self.updates}"
         self.logger.say(f"{where}: evaluation {mean:.4g} +- {std:.3g} over {count} episodes")
+        if recorder is not None:
+            self._film("eval_openl", recorder.batch())
+            self._show("eval_policy", recorder.pictures())
         if mean > self.best:
             self.best = mean
             if self.config.checkpoint.best:
@@ -193,11 +201,28 @@ class OnlineRun:
             self.solved = True
 
     def film_if_due(self) -> None:
-        due = self.clocks["video"](self.env_steps)
-        if due and self.batch is not None:
+        if self.clocks["video"](self.env_steps) and self.batch is not None:
+            self._film("train_openl", self.batch)
+        if self.clocks["histogram"](self.env_steps) and self.batch is not None:
             with self.logger.time("log"):
-                for name, frames in self.agent.report(self.batch).items():
-                    self.logger.video(name, frames, self.env_steps)
+                self.logger.histograms(self.agent.model.named_parameters(), self.env_steps)
+
+    def _films(self) -> bool:
+        images = any(space.kind == "image" for space in self.agent.obs_space.values())
+        return images and self.config.log.video_every > 0
+
+    def _film(self, name: str, batch: dict | None) -> None:
+        """What the model dreams after the first rows of a batch, moving and as a picture."""
+        with self.logger.time("log"):
+            for key, frames in videos(self.agent, batch).items():
+                self.logger.video(f"{name}/{key}", frames, self.env_steps)
+                width = self.agent.obs_space[key].shape[1]
+                self.logger.picture(f"{name}/{key}", strip(frames, width), self.env_steps)
+
+    def _show(self, name: str, frames: np.ndarray | None) -> None:
+        if frames is not None:
+            with self.logger.time("log"):
+                self.logger.video(name, frames, self.env_steps)
 
     def log_if_due(self) -> None:
         if self.clocks["log"](self.env_steps) and self.evaluated_at != self.env_steps:

@@ -141,7 +141,8 @@ def _restore_counters(run: Any, state: dict[str, Any]) -> None:
     run.finite.load_state_dict(state["finite"])
     run.ratio.load_state_dict(state["ratio"])
     for name, every in run.clocks.items():
-        every.load_state_dict(state["clocks"][name])
+        if name in state["clocks"]:  # checkpoints of an older version lack some
+            every.load_state_dict(state["clocks"][name])
 
 
 def _like(old: Any, new: Any) -> Any:
