@@ -1,7 +1,7 @@
 # One plain command each; nothing is hidden behind them.
 PYTHON ?= python
 
-.PHONY: help build test quick bench fmt check ci clean
+.PHONY: help build test quick asan bench fmt check ci clean
 
 help:           ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/: *##/	/'
@@ -14,6 +14,9 @@ test:           ## all tests
 
 quick:          ## without the slow ones
 	$(PYTHON) -m pytest -q -m "not slow"
+
+asan:           ## op and replay tests under AddressSanitizer
+	tests/asan.sh
 
 bench:          ## all benchmarks
 	$(PYTHON) -m fastwm.bench

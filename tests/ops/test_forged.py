@@ -1,0 +1,185 @@
+"""Raw operators refuse arguments that do not fit, instead of reading past their ends.
+
+The calls are recorded while the ready-made cases run, and every argument is spoiled in turn: a new
+op is tested as soon as it has a case; one that no case reaches fails. The same tests under
+AddressSanitizer (`make asan`) see what a wrong check lets through.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastwm import ops
+from fastwm.ops import _backend
+from fastwm.ops._cases import CASES, _run
+
+NO_ARGUMENTS = {"build_info", "cpu_capability"}
+NAMES = sorted(_backend._names - NO_ARGUMENTS)
+# The loops of the sequence leave out the action branch ([6] to [8]) and the token part of [14].
+LOOP = ("[6]", "[7]", "[8]", "[14] shorter -1", "[14] longer -1")
+# What an argument may be by itself: "any", "leading" sizes, or whatever begins like this.
+FREE = {
+    ("latent_one_hot", "index"): "any",
+    ("latent_one_hot", "classes"): "any",
+    ("latent_sample", "logits"): "any",  # the noise, where there is any, is checked against it
+    ("rms_silu", "x"): "leading",
+    ("twohot_mean", "logits"): "leading",
+    ("rssm_pack", "weights"): "any",
+    ("adam_", "decay"): ("[0] =", "[1] =", "[2] ="),  # flags
+    ("laprop_agc_", "decay"): ("[0] =", "[1] =", "[2] ="),
+    ("rssm_scan", "weights"): LOOP,
+    ("rssm_scan_backward", "weights"): LOOP,
+    ("rssm_scan_backward", "saved"): ("[2]",),  # what only the products after the loop read
+}
+pytestmark = pytest.mark.skipif(not ops.available("cpu"), reason="no compiled kernels")
+
+
+class Tape(TorchDispatchMode):
+    """Keeps a call of every raw op, one for each choice of optional arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, dict[tuple, tuple]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastwm":
+            name, given = func._schema.name.removeprefix("fastwm::"), tuple(a is None for a in args)
+            self.calls.setdefault(name, {}).setdefault((given, str(args[-1])[:5]), copy(args))
+        return func(*args, **(kwargs or {}))
+
+
+def copy(args):
+    def one(x):
+        return x.detach().clone() if isinstance(x, Tensor) else x
+
+    return tuple(tree_map(one, list(args)))
+
+
+@functools.cache
+def recorded() -> dict[str, list[tuple]]:
+    tape = Tape()
+    for name, make in CASES.items():
+        for batch in (1, 5):
+            torch.manual_seed(0)
+            with tape:
+                _run(getattr(ops, name), make(batch), "cpu", wide=False)
+    return {name: list(calls.values()) for name, calls in tape.calls.items()}
+
+
+def shapes(x: Tensor):
+    """The tensor with another shape, each in one way."""
+    yield "a dimension more", x.unsqueeze(0)
+    if x.dim():
+        yield "a dimension less", x.flatten()[0] if x.numel() else x.new_zeros(())
+        yield "flat", x.new_zeros(max(1, x.numel()) + 1)
+    for dim in range(-x.dim(), 0):
+        if x.shape[dim] > 0:
+            yield f"shorter {dim}", x.narrow(dim, 0, x.shape[dim] - 1).contiguous()
+            yield f"empty {dim}", x.narrow(dim, 0, 0).contiguous()
+        if x.shape[dim] > 1:
+            yield f"one {dim}", x.narrow(dim, 0, 1).contiguous()
+        yield (
+            f"longer {dim}",
+            x.new_zeros([n + (d == dim % x.dim()) for d, n in enumerate(x.shape)]),
+        )
+
+
+def types(x: Tensor):
+    for dtype in (torch.float64, torch.float16, torch.int32, torch.complex64):
+        if dtype != x.dtype:
+            yield str(dtype), x.to(dtype)
+
+
+def spoiled(value):
+    """(what was done, the spoiled argument), for a tensor, a list of them, or an integer."""
+    if isinstance(value, Tensor):
+        yield from shapes(value)
+        yield from types(value)
+    elif isinstance(value, (list, tuple)):
+        if len(value):
+            yield "list shorter", list(value)[:-1]
+            yield "list empty", []
+            yield "list longer", [*value, value[-1]]
+        for i, item in enumerate(value):
+            for what, bad in spoiled(item):
+                yield f"[{i}] {what}", [*value[:i], bad, *value[i + 1 :]]
+    elif isinstance(value, int) and not isinstance(value, bool):
+        for bad in (-1, -(2**40), 2**40):
+            yield f"= {bad}", bad
+
+
+def is_free(op: str, argument: str, what: str) -> bool:
+    rule = FREE.get((op, argument), ())
+    if isinstance(rule, tuple):
+        return what.startswith(rule)
+    return "torch." not in what and (rule == "any" or not what.endswith("-1"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_spoiled_arguments_raise(name):
+    assert name in recorded(), "add a case to fastwm/ops/_cases.py that reaches this op"
+    op = getattr(torch.ops.fastwm, name).default
+    accepted, tried = [], 0
+    for args in recorded()[name]:
+        for place, argument in enumerate(op._schema.arguments):
+            for what, bad in spoiled(args[place]):
+                if is_free(name, argument.name, what) and isinstance(bad, int) and bad > 2**30:
+                    continue  # a legal request for more memory than there is
+                forged = [*copy(args[:place]), bad, *copy(args[place + 1 :])]
+                tried += 1
+                try:
+                    op(*forged)
+                except (RuntimeError, ValueError, TypeError, IndexError):
+                    continue
+                if not is_free(name, argument.name, what):
+                    accepted.append(f"{argument.name} {what}")
+    assert tried > 3
+    assert accepted == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strides_do_not_matter_or_are_refused(name, close):
+    op = getattr(torch.ops.fastwm, name).default
+    for args in recorded()[name]:
+        for place in range(len(args)):
+            turned = tree_map(turn, args[place])
+            straight, twisted = (
+                list(copy(args)),
+                [*copy(args[:place]), turned, *copy(args[place + 1 :])],
+            )
+            expected = tree_leaves([op(*straight), straight])
+            try:
+                results = op(*twisted)
+            except RuntimeError as error:
+                assert "expected" in str(error)
+                continue
+            for a, b in zip(tree_leaves([results, twisted]), expected, strict=True):
+                if isinstance(a, Tensor):
+                    close(a, b) if a.is_floating_point() else torch.testing.assert_close(a, b)
+
+
+def turn(x):
+    """The same values, not row-major: in every second place of a larger array."""
+    if not isinstance(x, Tensor) or x.dim() == 0:
+        return x
+    wide = torch.stack([x, torch.zeros_like(x)], -1).flatten(-2)
+    return wide[..., ::2]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mix_of_devices_is_refused(name):
+    op = getattr(torch.ops.fastwm, name).default
+    args = recorded()[name][0]
+    if sum(isinstance(x, Tensor) for x in tree_leaves(list(args))) < 2:
+        pytest.skip("one tensor only")
+    for place, value in enumerate(args):
+        if not any(isinstance(x, Tensor) for x in tree_leaves(value)):
+            continue
+        moved = tree_map(lambda x: x.cuda() if isinstance(x, Tensor) else x, value)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            op(*copy(args[:place]), moved, *copy(args[place + 1 :]))
