@@ -18,9 +18,11 @@ import torch
 
 from fastwm import checkpoint, envs, ops
 from fastwm import config as settings
+from fastwm.episodes import EpisodeError
 from fastwm.log import Logger
 from fastwm.loops import resume
 from fastwm.loops.evaluate import seed_of
+from fastwm.loops.ha_run import StageError
 from fastwm.loops.online import OnlineRun
 from fastwm.replay import Replay
 from fastwm.spaces import Space
@@ -29,6 +31,7 @@ AGENTS = {
     "dreamerv3": "fastwm.agents.dreamer:DreamerAgent",
     "modular": "fastwm.agents.modular:ModularAgent",
     "random": "fastwm.agents.random:RandomAgent",
+    "ha": "fastwm.agents.ha:HaAgent",
 }
 # What a person can put right: shown as one line, without a traceback.
 MISTAKES = (
@@ -38,6 +41,8 @@ MISTAKES = (
     envs.EnvOptionError,
     envs.EnvSpaceError,
     envs.MissingPackageError,
+    EpisodeError,
+    StageError,
 )
 
 
@@ -188,13 +193,13 @@ def read_folder(config: Any, folder: Path) -> tuple[dict[str, Any] | None, list[
         stored = checkpoint.load(folder / "checkpoint" / "latest.pt")
         old = settings.from_dict(tomllib.loads(stored["config"]))
     elif (folder / "config.toml").is_file():
-        old = settings.resolve(*_algorithm_of(folder))[0]
+        old = settings.resolve(*algorithm_of(folder))[0]
     else:
         old = config
     return stored, checkpoint.compare(settings.differences(old, config), folder)
 
 
-def _algorithm_of(folder: Path) -> tuple[str, list[Path]]:
+def algorithm_of(folder: Path) -> tuple[str, list[Path]]:
     path = folder / "config.toml"
     return str(tomllib.loads(path.read_text())["algorithm"]), [path]
 

@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 from fastwm import config_aliases
 from fastwm.config_dreamer import DreamerConfig
+from fastwm.config_ha import HaConfig
 from fastwm.config_modular import ModularConfig
 from fastwm.settings import (
     ConfigError,
@@ -31,11 +32,13 @@ from fastwm.settings import (
 
 SCHEMAS: dict[str, type] = {
     "dreamerv3": DreamerConfig,
+    "ha": HaConfig,
     "modular": ModularConfig,
     "random": DreamerConfig,
 }
 DEFAULT_PRESETS = {  # when none is named
     "dreamerv3": ("cartpole",),
+    "ha": ("ha_carracing",),
     "modular": ("modular_cartpole",),
     "random": ("cartpole",),
 }
@@ -79,7 +82,7 @@ def resolve(
     values: dict[str, Any] = {"algorithm": algorithm}
     origins = {key: "default" for key in hints}
     for preset in presets or DEFAULT_PRESETS.get(algorithm, ()):
-        path = find_preset(preset)
+        path = find_preset(preset, algorithm)
         _overlay(values, origins, hints, _flat(_read(path)), f"{path.parent.name}/{path.name}")
     _override(values, origins, hints, algorithm, dict(overrides or {}))
     if values["algorithm"] != algorithm:
@@ -98,8 +101,8 @@ def from_dict(values: Mapping[str, Any]) -> Any:
     return resolve(str(flat.get("algorithm", "dreamerv3")), [_EMPTY], flat)[0]
 
 
-def find_preset(name: str | Path) -> Path:
-    """The TOML file of a preset name or path."""
+def find_preset(name: str | Path, algorithm: str = "") -> Path:
+    """The TOML file of a preset name or path; for `ha` the name debug means ha_debug first."""
     if name is _EMPTY:
         return _EMPTY
     path = Path(name)
@@ -107,7 +110,9 @@ def find_preset(name: str | Path) -> Path:
         if path.is_file():
             return path
         raise ConfigError(f"preset: expected an existing TOML file, got {str(name)!r}")
-    found = preset_folder() / f"{name}.toml"
+    own, found = (preset_folder() / f"{n}.toml" for n in (f"{algorithm}_{name}", name))
+    if own.is_file():
+        return own
     if not found.is_file():
         raise ConfigError(unknown("preset", str(name), preset_names(), "command line"))
     return found

@@ -31,6 +31,10 @@ def train(config, folder) -> int:
     from fastwm.loops import online
 
     with checkpoint.lock(folder):
+        if config.algorithm == "ha":
+            from fastwm import assemble_ha
+
+            return assemble_ha.train(config, folder)
         stored, notes = assemble.read_folder(config, folder)
         run = assemble.online_run(config, folder, stored)
         try:

@@ -13,6 +13,7 @@ RUN = (
     "dreamerv3 debug --log.tensorboard false --log.every_s 0 --threads 1 --steps 96 --log.every "
     "16 --eval.every 48 --eval.episodes 1 --checkpoint.every 0 --log.video_every 96"
 ).split()
+HA = "ha debug --log.tensorboard false --threads 1 --rnn.done true --rnn.reward true".split()
 
 
 def documented() -> list[str]:
@@ -26,6 +27,10 @@ def pattern(name: str) -> re.Pattern:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> set[str]:
     names: set[str] = set()
+    run = tmp_path_factory.mktemp("metrics") / "ha"
+    assert train.main([*HA, "--logdir", str(run)]) == 0
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        names |= set(json.loads(line))
     for task in ("cartpole", "pendulum", "dummy_image"):
         run = tmp_path_factory.mktemp("metrics") / task
         more = ["--eval.every", "0", "--precision", "fp16"] if task == "pendulum" else []

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 # What a stored search may be made of: unpickling executes nothing else.
-_NUMPY = {
+_NAMES = {
+    ("builtins", "range"),
     ("numpy", "dtype"),
     ("numpy", "ndarray"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -113,6 +114,6 @@ class Search:
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         own = (module, name) == (Normal.__module__, "Normal")
-        if own or module.split(".")[0] == "cma" or (module, name) in _NUMPY:
+        if own or module.split(".")[0] == "cma" or (module, name) in _NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")

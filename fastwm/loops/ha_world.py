@@ -24,8 +24,9 @@ CHUNK = 128  # pictures encoded at once: the activations of more do not stay in 
 class RealWorld:
     """Environments seen through V and M.
 
-    lanes: fastwm.envs.lanes.Lanes. code: what controller outputs mean. rows: of a picture that V
-    sees. samples: lanes i and i + samples belong to different candidates on the same episode.
+    lanes: fastwm.envs.lanes.Lanes. code: what controller outputs mean. key: of the pictures. rows:
+    of a picture that V sees. samples: lanes i and i + samples are different candidates in the same
+    episode.
     noise: None for the mean of z, or the seed of draws that such lanes share.
     """
 
@@ -37,12 +38,14 @@ class RealWorld:
         controller: Controller,
         code: ActionCode,
         *,
+        key: str = "image",
         rows: int = 0,
         samples: int = 1,
         noise: int | None = None,
     ) -> None:
         self.env, self.vae, self.rnn, self.controller = lanes, vae, rnn, controller
-        self.code, self.rows, self.samples, self.lanes = code, rows, samples, lanes.num_envs
+        self.code, self.key, self.rows = code, key, rows
+        self.samples, self.lanes = samples, lanes.num_envs
         self.device = next(vae.parameters()).device
         self.generator = None
         if noise is not None:
@@ -53,7 +56,7 @@ class RealWorld:
     def reset(self) -> Tensor:  # (N, F)
         rows = self.env.reset()
         lanes = torch.arange(self.lanes, device=self.device)
-        self.z, self.state = self._see(rows["image"], lanes), self.rnn.initial(self.lanes)
+        self.z, self.state = self._see(rows[self.key], lanes), self.rnn.initial(self.lanes)
         self.fresh = torch.ones(self.lanes, device=self.device)  # 1 before the first step
         return self.controller.features(self.z, self.state)
 
@@ -74,7 +77,7 @@ class RealWorld:
     @torch.inference_mode()
     def _finish(self, lanes: Tensor, state: tuple[Tensor, Tensor] | None) -> Result:
         rows = self.env.receive()
-        z = self._see(rows["image"], lanes)
+        z = self._see(rows[self.key], lanes)
         self.z[lanes], self.fresh[lanes] = z, 0.0
         if state is not None:
             self.state[0][lanes], self.state[1][lanes] = state

@@ -152,6 +152,10 @@ class ActionCode:
         """Width A of the action that M reads."""
         return self.outputs
 
+    def low(self) -> np.ndarray:  # (A,)
+        """The smallest actions that M reads; the largest are 1."""
+        return np.array([-1, 0, 0] if self.kind == "car" else [-1] * self.model, np.float32)
+
     def code(self, raw: Tensor) -> Tensor:  # (..., outputs) -> (..., A)
         """The action that M reads, of a controller's outputs."""
         squashed = torch.tanh(raw)

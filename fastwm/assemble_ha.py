@@ -1,0 +1,214 @@
+"""Puts the pieces of a World Models run together from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastwm import assemble, checkpoint
+from fastwm import config as settings
+from fastwm.agents.ha import HaPolicy, image_key, make_controller, make_rnn, make_vae
+from fastwm.envs.lanes import Lanes, make_lanes
+from fastwm.log import Logger
+from fastwm.loops import ha
+from fastwm.loops.evaluate import seed_of
+from fastwm.loops.ha_collect import collect
+from fastwm.loops.ha_ctrl import CtrlStage, test
+from fastwm.loops.ha_fit import encode, fit_rnn, fit_vae
+from fastwm.loops.ha_run import FOLDERS, HaRun, StageError
+from fastwm.loops.ha_world import RealWorld
+from fastwm.worldmodels.ha_controller import ActionCode
+
+NOISE = 18  # branch of the run's seed
+
+
+def train(config: Any, folder: Path) -> int:
+    """Run the stages that the configuration asks for; returns the exit code."""
+    assemble.set_up_torch(config)
+    notes = read_folder(config, folder)
+    run = make_run(config, folder)
+    try:
+        announce(run)
+        for note in notes:
+            run.logger.say(note)
+        return ha.train(run, stages(run))
+    finally:
+        run.logger.close()
+
+
+def read_folder(config: Any, folder: Path) -> list[str]:
+    """Lines about settings that changed since; CheckpointError where they may not."""
+    if not (folder / "config.toml").is_file():
+        return []
+    old = settings.resolve(*assemble.algorithm_of(folder))[0]
+    return checkpoint.compare(settings.differences(old, config), folder)
+
+
+def make_run(config: Any, folder: Path) -> HaRun:
+    """The run of a folder, new or stored."""
+    lanes = partial(real_lanes, config)
+    first = lanes([0])
+    spaces, repeat = (first.obs_space, first.act_space), first.env.action_repeat
+    first.close()
+    _fits(config, *spaces)
+    progress = _progress(folder)
+    checkpoint.write_text(folder / "config.toml", settings.to_toml(config))
+    logger = Logger(
+        folder,
+        steps=0,
+        action_repeat=repeat,
+        every_s=0,
+        tensorboard=config.log.tensorboard,
+        deterministic=config.deterministic,
+        resume=progress.get("logger"),
+    )
+    counters = progress.get("counters", {"env_steps": 0, "updates": 0})
+    return HaRun(config, folder, assemble.device_of(config), logger, spaces, lanes, counters)
+
+
+def _fits(config: Any, obs_space: dict, act_space: Any) -> None:
+    """One clear error before anything is written."""
+    try:
+        shape = obs_space[image_key(obs_space)].shape
+        ActionCode.of(config.ctrl.action, act_space)
+    except ValueError as error:
+        raise StageError(str(error)) from None
+    if config.env.rows > shape[0]:
+        raise StageError(
+            f"env.rows: expected at most the {shape[0]} rows of {config.task}'s pictures, got "
+            f"{config.env.rows}; give --env.rows 0 to see all of them"
+        )
+
+
+def real_lanes(config: Any, seeds: Sequence[int]) -> Lanes:
+    options = {"size": config.env.size, "action_repeat": config.env.action_repeat}
+    if config.ctrl.env_threads:
+        options["num_threads"] = config.ctrl.env_threads
+    return make_lanes(config.task, seeds, **options, **config.env.options)
+
+
+def _progress(folder: Path) -> dict[str, Any]:
+    """The newest of what the stages stored: where the log and the counters stand."""
+    found = []
+    for name in FOLDERS.values():
+        path = folder / name / "checkpoint.tar"
+        if path.is_file():
+            found.append(checkpoint.load(path).get("progress"))
+    found = [progress for progress in found if progress]
+    return max(found, key=lambda progress: progress["logger"]["bytes"], default={})
+
+
+def stages(run: HaRun) -> dict[str, Callable[[], Any]]:
+    """What this call is to do, in order. Models are made where they are needed."""
+    config = run.config
+    code = ActionCode.of(config.ctrl.action, run.act_space)
+    key = image_key(run.obs_space)
+    vae, rnn = make_vae(config), make_rnn(config, code)
+    work: dict[str, Callable[[], Any]] = {
+        "collect": lambda: collect(run, code, key),
+        "vae": lambda: fit_vae(run, vae),
+        "latents": lambda: encode(run, vae),
+        "rnn": lambda: fit_rnn(run, rnn, vae),
+        "ctrl": lambda: _ctrl(run, code, key),
+    }
+    chosen = {name: work[name] for name in config.stages()}
+    if config.test or "ctrl" in chosen:
+        if config.final.episodes:
+            chosen["test"] = lambda: _test(run, code, key)
+        elif config.test:
+            raise StageError("final.episodes: expected at least 1 with --test, got 0")
+    return chosen
+
+
+def load_policy(run: HaRun, code: ActionCode, key: str) -> HaPolicy:
+    """V and M as they were trained, and an empty C."""
+    vae, rnn = make_vae(run.config), make_rnn(run.config, code)
+    controller = make_controller(run.config, code)
+    mark = run.load_model("vae", vae)
+    if controller.inputs != "z":  # z alone needs no M
+        run.load_model("rnn", rnn)
+        learned = (run.saved("rnn", "best") or {}).get("vae", mark)
+        if learned != mark:
+            run.logger.say("note     M learned from the latents of another V: --stage latents,rnn")
+    rows = run.config.env.rows
+    return HaPolicy(vae, rnn, controller, code, run.act_space, key, rows).to(run.device).eval()
+
+
+def _ctrl(run: HaRun, code: ActionCode, key: str) -> None:
+    policy = load_policy(run, code, key)
+    worlds = dream_worlds if run.config.ctrl.world == "dream" else real_worlds
+    CtrlStage(run, policy, partial(worlds, run, policy), settings.to_toml(run.config)).train()
+
+
+def _test(run: HaRun, code: ActionCode, key: str) -> None:
+    policy = load_policy(run, code, key)
+    test(run, policy, partial(real_worlds, run, policy))
+
+
+def real_worlds(
+    run: HaRun, policy: HaPolicy, seeds: Sequence[int], candidates: int
+) -> list[RealWorld]:
+    """Two halves of the candidates, so that networks and environments work at the same time."""
+    halves = [len(half) for half in np.array_split(np.arange(candidates), 2) if len(half)]
+    noise = seed_of(run.config.seed, NOISE, *seeds) if run.config.ctrl.sample else None
+    return [
+        RealWorld(
+            run.make_lanes(list(seeds) * count),
+            policy.vae,
+            policy.rnn,
+            policy.controller,
+            policy.code,
+            key=policy.key,
+            rows=policy.rows,
+            samples=len(seeds),
+            noise=noise,
+        )
+        for count in halves
+    ]
+
+
+def dream_worlds(run: HaRun, policy: HaPolicy, seeds: Sequence[int], candidates: int) -> list[Any]:
+    """One dream for all: nothing to wait for."""
+    from fastwm.worldmodels.ha_dream import DreamWorld
+
+    return [
+        DreamWorld(
+            policy.rnn,
+            policy.controller,
+            policy.code,
+            dream_starts(run),
+            list(seeds) * candidates,
+            temperature=run.config.dream.temperature,
+            max_steps=run.config.dream.length,
+        )
+    ]
+
+
+def dream_starts(run: HaRun) -> tuple[torch.Tensor, torch.Tensor]:
+    """mu and logvar (E, Z) of the first rows of up to dream.starts episodes."""
+    store, folder = run.store(), run.folder / "latents"
+    if not (folder / "index.json").is_file():
+        raise StageError(f"ctrl: expected latents in {folder}, got none; run --stage latents first")
+    first = store.starts[: run.config.dream.starts]
+    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("mu", "logvar"))
+    mu, logvar = (torch.from_numpy(np.array(a[first], np.float32)) for a in arrays)
+    return mu.to(run.device), logvar.to(run.device)
+
+
+def announce(run: HaRun) -> None:
+    """What a person wants to know before waiting."""
+    say, config = run.logger.say, run.config
+    threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+    say(f"run      {run.folder}   (tensorboard --logdir {run.folder.parent})")
+    space = run.act_space
+    say(
+        f"task     {config.task}: observations { {k: s.shape for k, s in run.obs_space.items()} }, "
+        f"actions {space.kind} {space.classes or space.shape}"
+    )
+    say(f"device   {run.device}{threads}")
+    say(f"stages   {', '.join(config.stages()) or 'test'}")
