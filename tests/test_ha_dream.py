@@ -27,7 +27,9 @@ def world(lanes=4, rnn=None, seeds=None, inputs="zch", **options):
     rnn = rnn or model()
     controller = Controller(Z, rnn.hidden, 1, inputs, bias=False)
     starts = torch.randn(5, Z), torch.zeros(5, Z)
-    return DreamWorld(rnn, controller, CODE, starts, lanes, seeds or list(range(lanes)), **options)
+    return DreamWorld(
+        rnn, controller, CODE, starts, list(range(lanes)) if seeds is None else seeds, **options
+    )
 
 
 def alive(rnn, logit=-10.0):
@@ -180,7 +182,7 @@ def test_starts_are_those_given():
     ("change", "message"),
     [
         ({"rnn": model(done=False)}, "train it with --rnn.done true"),
-        ({"seeds": [1, 2]}, "expected a seed for each of 4 lanes, got 2"),
+        ({"seeds": []}, "expected a seed for each lane, got none"),
         ({"temperature": -1.0}, "expected a temperature >= 0"),
         ({"max_steps": 0}, "max_steps >= 1"),
     ],
@@ -193,7 +195,7 @@ def test_bad_input(change, message):
 def test_starts_of_another_latent_size():
     starts = torch.zeros(5, Z + 1), torch.zeros(5, Z + 1)
     with pytest.raises(ValueError, match=r"expected mu and logvar of shape \(E, Z\) = \(E, 3\)"):
-        DreamWorld(model(), Controller(Z, R, 1), CODE, starts, 1, [0])
+        DreamWorld(model(), Controller(Z, R, 1), CODE, starts, [0])
     with pytest.raises(RuntimeError, match=r"expected reset\(\) before the first step"):
         world(1).step(torch.zeros(1, 1), torch.arange(1))
 
@@ -220,7 +222,7 @@ def test_a_search_in_the_dream_gets_better():
         lstm.weight_ih_l0[8, 1] = 4.0  # the candidate of the first cell reads the action
         rnn.head.weight[-1, 0], rnn.head.bias[-1] = 10.0, -5.0
     controller = Controller(1, 4, 1, "z", bias=True)
-    world = DreamWorld(rnn, controller, CODE, (torch.zeros(1, 1), torch.zeros(1, 1)), 24, [5] * 24)
+    world = DreamWorld(rnn, controller, CODE, (torch.zeros(1, 1), torch.zeros(1, 1)), [5] * 24)
     search = Search(controller.size, 8, 0.5, seed=1)
     best = []
     for _ in range(8):
@@ -240,9 +242,9 @@ def test_a_population_is_played_in_one_batch():
     controller = Controller(Z, R, 1, "zch", bias=False)
     params = torch.randn(3, controller.size)
     starts = torch.randn(5, Z), torch.zeros(5, Z)
-    whole = DreamWorld(rnn, controller, CODE, starts, 12, list(range(4)) * 3, 1.2)
+    whole = DreamWorld(rnn, controller, CODE, starts, list(range(4)) * 3, 1.2)
     returns, lengths = play([whole], controller, params, limit=50)
     assert lengths.min() < lengths.max() <= 50
     for p in range(3):
-        one = DreamWorld(rnn, controller, CODE, starts, 4, range(4), 1.2)
+        one = DreamWorld(rnn, controller, CODE, starts, range(4), 1.2)
         assert torch.equal(play([one], controller, params[p : p + 1], limit=50)[0][0], returns[p])

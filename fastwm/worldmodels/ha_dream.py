@@ -57,8 +57,8 @@ class DreamWorld:
 
     Args: rnn: M, with a done head. controller: names what `features` hold. code: what the
           controller's outputs mean. starts: (mu, logvar), each (E, Z), of first frames of real
-          episodes. lanes: N. seeds: one per lane; lanes with equal seeds dream the same as long as
-          their actions are the same. temperature: of M's predictions: 0 takes the most likely
+          episodes. seeds: one per lane, N of them; lanes with equal seeds dream the same as long
+          as their actions are the same. temperature: of M's predictions: 0 takes the most likely
           mean, 1 is M's own belief, more is less certain. max_steps: where a dream ends at last.
     """
 
@@ -68,18 +68,16 @@ class DreamWorld:
         controller: Controller,
         code: ActionCode,
         starts: tuple[Tensor, Tensor],
-        lanes: int,
         seeds: Sequence[int],
         temperature: float = 1.0,
         max_steps: int = 2100,
-        device: torch.device | str = "cpu",
     ) -> None:
-        _check(rnn, starts, lanes, seeds, temperature, max_steps)
-        self.rnn, self.controller, self.code = rnn.to(device).eval(), controller, code
-        self.mu, self.logvar = (part.to(device, torch.float32) for part in starts)
-        self.lanes, self.seeds = lanes, seeds
+        _check(rnn, starts, seeds, temperature, max_steps)
+        self.rnn, self.controller, self.code = rnn.eval(), controller, code
+        self.device = rnn.head.weight.device
+        self.mu, self.logvar = (part.to(self.device, torch.float32) for part in starts)
+        self.lanes, self.seeds = len(seeds), seeds
         self.temperature, self.max_steps = float(temperature), int(max_steps)
-        self.device = torch.device(device)
         self._live: Tensor | None = None  # (n,) int64, the lanes that z and state belong to
 
     @torch.inference_mode()
@@ -140,7 +138,6 @@ class DreamWorld:
 def _check(
     rnn: MDNRNN,
     starts: tuple[Tensor, Tensor],
-    lanes: int,
     seeds: Sequence[int],
     temperature: float,
     max_steps: int,
@@ -157,8 +154,8 @@ def _check(
         )
     if len(shapes) and shapes[0][0] == 0:
         raise ValueError("DreamWorld: expected at least one first frame to start from, got none")
-    if len(seeds) != lanes or lanes < 1:
-        raise ValueError(f"DreamWorld: expected a seed for each of {lanes} lanes, got {len(seeds)}")
+    if len(seeds) == 0:
+        raise ValueError("DreamWorld: expected a seed for each lane, got none")
     if not temperature >= 0 or max_steps < 1:
         raise ValueError(
             f"DreamWorld: expected a temperature >= 0 and max_steps >= 1, got {temperature} and "
