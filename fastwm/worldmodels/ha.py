@@ -48,8 +48,12 @@ class ConvVAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:  # (N, Z) -> (N, C, 64, 64) in [0, 1]
         x = self.expand(z)
-        x = (F.relu(x) if self.decoder_relu else x)[..., None, None]
-        for deconv in self.deconvs[:-1]:
+        x = F.relu(x) if self.decoder_relu else x
+        # A transposed convolution of one pixel is a product; torch's own takes 40 % of the step.
+        first = self.deconvs[0]
+        x = (x @ first.weight.flatten(1)).unflatten(1, first.weight.shape[1:])
+        x = F.relu(x + first.bias[:, None, None])
+        for deconv in self.deconvs[1:-1]:
             x = F.relu(deconv(x))
         return torch.sigmoid(self.deconvs[-1](x))
 
