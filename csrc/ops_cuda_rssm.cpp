@@ -2,11 +2,15 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <cstdlib>
+#include <string>
+
 #include "on_device.h"
 #include "rssm_args.h"
 #include "rssm_library.h"
 #include "rssm_library_backward.h"
 #include "rssm_library_step.h"
+#include "rssm_phases_backward.h"
 
 namespace fastwm {
 namespace {
@@ -21,6 +25,15 @@ void with_products(bool low, const F& f) {
   }
 }
 
+// FASTWM_RSSM: "gemm" for the library's products, "phase" for the kernels that hold them.
+bool wants_phases() {
+  const char* value = std::getenv("FASTWM_RSSM");
+  const std::string mode = value == nullptr ? "gemm" : value;
+  STD_TORCH_CHECK(mode == "gemm" || mode == "phase",
+                  "FASTWM_RSSM: expected gemm or phase, got ", mode);
+  return mode == "phase";
+}
+
 Tensors rssm_scan_cuda(Tensors weights, int64_t hidden, Tensor deter, Tensor stoch,
                        Tensor action_part, Tensor token_part, Tensor is_first,
                        std::optional<Tensor> noise, double unimix, bool save, bool low) {
@@ -31,7 +44,12 @@ Tensors rssm_scan_cuda(Tensors weights, int64_t hidden, Tensor deter, Tensor sto
                           noise, unimix, save);
   if (a.size.batch > 0 && a.size.time > 0) {
     with_products(low, [&](auto type) {
-      LibraryForward<decltype(type)>(a, deter, device.stream()).run();
+      using T = decltype(type);
+      if (wants_phases()) {
+        PhaseForward<T>(a, deter, device.stream()).run();
+      } else {
+        LibraryForward<T>(a, deter, device.stream()).run();
+      }
     });
   }
   if (!save) out.resize(3);
@@ -48,7 +66,12 @@ Tensors rssm_scan_backward_cuda(Tensors weights, int64_t hidden, Tensors saved, 
                                    grad_deter, grad_logits, grad_stoch);
   if (a.size.batch > 0 && a.size.time > 0) {
     with_products(low, [&](auto type) {
-      LibraryBackward<decltype(type)>(a, deter, device.stream()).run();
+      using T = decltype(type);
+      if (wants_phases()) {
+        PhaseBackward<T>(a, deter, device.stream()).run();
+      } else {
+        LibraryBackward<T>(a, deter, device.stream()).run();
+      }
     });
   }
   return out;

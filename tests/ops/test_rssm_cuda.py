@@ -1,4 +1,7 @@
-"""The CUDA path of the RSSM, executed on the CPU: binding, products, kernels (tests/emulate.py)."""
+"""The CUDA path of the RSSM, executed on the CPU: binding, products, kernels (tests/emulate.py).
+
+Both loops, the library's products with kernels between them and the phase kernels.
+"""
 
 import emulate
 import pytest
@@ -24,7 +27,7 @@ from fastwm.ops import _rssm_sequence as sequence
 from fastwm.ops import rssm as R
 
 SIZES = CASES | {
-    "wide-row": {"B": 2, "T": 3, "D": 600, "U": 270, "S": 9, "K": 33, "G": 3, "E": 5},
+    "wide-row": {"B": 2, "T": 2, "D": 300, "U": 260, "S": 3, "K": 33, "G": 3, "E": 5},
     "many-classes": {"B": 2, "T": 2, "K": 300, "S": 2},
     "rows": {"B": 33, "T": 2},
 }
@@ -71,8 +74,9 @@ def in_order(scan):
     return [*scan[:4], scan.gates, *scan.hidden, *scan.post]
 
 
-@pytest.fixture(scope="module")
-def raw():
+@pytest.fixture(params=["gemm", "phase"])
+def raw(request, monkeypatch):
+    monkeypatch.setenv("FASTWM_RSSM", request.param)
     return emulate.load()
 
 
