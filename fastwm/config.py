@@ -208,7 +208,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _overlay(values: dict, origins: dict, hints: dict, new: Mapping[str, Any], origin: str) -> None:
-    for key, value in new.items():
+    for key, value in _names_first(new):
         group, _, option = key.partition(".options.")
         if option and f"{group}.options" in hints:
             whole = f"{group}.options"
@@ -222,6 +222,15 @@ def _overlay(values: dict, origins: dict, hints: dict, new: Mapping[str, Any], o
         else:
             values[key] = coerce(key, value, *hints[key], origin)
         origins[key] = origin
+        options = f"{key.removesuffix('.name')}.options"
+        if key.endswith(".name") and options in hints:  # another component: not its options
+            values.pop(options, None)
+            origins[options] = "default"
+
+
+def _names_first(new: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """A component's name before its options, in whatever order they were given."""
+    return sorted(new.items(), key=lambda item: not item[0].endswith(".name"))
 
 
 def _override(
@@ -229,7 +238,7 @@ def _override(
 ) -> None:
     """Flags, under our names or under those of other code (config_aliases)."""
     names: dict[str, str] = {}
-    for name, value in new.items():
+    for name, value in _names_first(new):
         found = config_aliases.translate(algorithm, name, value, hints)
         known = [*hints, *config_aliases.names(algorithm, hints)]
         if found is None and ".options." not in name:

@@ -22,7 +22,10 @@ DISCRETE, CONTINUOUS = Space("discrete", (), (2,)), Space("continuous", (2,))
 
 
 def make_agent(act_space=DISCRETE, obs_space=OBS, **settings) -> ModularAgent:
-    keys = SMALL | {key.replace("__", "."): value for key, value in settings.items()}
+    """settings: flat, with __ for dots; SLOT__options replaces all options of a slot."""
+    given = {key.replace("__", "."): value for key, value in settings.items()}
+    fresh = tuple(f"{key}." for key in given if key.endswith(".options"))
+    keys = {k: v for k, v in SMALL.items() if not fresh or not k.startswith(fresh)} | given
     config = cfg.from_dict({"algorithm": "modular", **keys})
     return ModularAgent(obs_space, act_space, config, seed=3)
 

@@ -61,7 +61,7 @@ class Dynamics(Protocol):
 class Reward(Protocol):
     """__init__(state_size, **options)."""
 
-    def __call__(self, state: Tensor) -> Any: ...  # distribution (...) with mean, log_prob
+    def __call__(self, state: Tensor) -> Any: ...  # distribution (...): mean, stddev, log_prob
 
 
 class Continue(Protocol):

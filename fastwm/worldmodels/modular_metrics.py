@@ -75,6 +75,7 @@ def world_metrics(
         "dynamics_mean_std": dist.stddev.mean(),
         "reward_nll": weighted_mean(nll, w),
         "reward_mae": weighted_mean((reward - step.reward).abs(), w),
+        "reward_mean_std": predicted.reward.stddev.mean(),
         "reward_abs_max": step.reward.abs().max(),
         "state_mean": states.mean(),
         "state_std": spread.mean(),

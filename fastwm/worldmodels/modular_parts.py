@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class Dense(nn.Sequential):
     def __init__(
         self,
         inputs: int,
-        hidden: Sequence[int],
+        hidden: Sequence[int] | int,
         outputs: int | None,
         activation: str = "relu",
         gain: float = 1.0,
@@ -39,13 +40,28 @@ class Dense(nn.Sequential):
                 f"Dense: expected activation to be one of {tuple(ACTIVATIONS)}, got {activation!r}"
             )
         layers: list[nn.Module] = []
-        for width in hidden:
-            layers += [_linear(inputs, int(width), 2**0.5), ACTIVATIONS[activation]()]
-            inputs = int(width)
+        for width in widths(hidden):
+            layers += [_linear(inputs, width, 2**0.5), ACTIVATIONS[activation]()]
+            inputs = width
         if outputs is not None:
             layers.append(_linear(inputs, outputs, gain))
         super().__init__(*layers)
         self.out_features = inputs if outputs is None else outputs
+
+
+def widths(hidden: Any) -> list[int]:
+    """Layer widths from what a configuration holds: a number, a list, or text like 64,64."""
+    if isinstance(hidden, str):
+        hidden = hidden.split(",")
+    try:
+        found = [int(width) for width in (hidden if isinstance(hidden, Sequence) else (hidden,))]
+    except (TypeError, ValueError):
+        found = [0]
+    if any(width < 1 for width in found):
+        raise ValueError(
+            f"hidden: expected positive widths like 64,64, got {hidden!r}; one number per layer"
+        )
+    return found
 
 
 def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
@@ -226,7 +242,7 @@ class Autoencoder(nn.Module):
         self.into = Dense(feature_size, hidden, size, activation)
         self.back = None
         if reconstruct:
-            self.back = Dense(size, tuple(reversed(hidden)), feature_size, activation)
+            self.back = Dense(size, widths(hidden)[::-1], feature_size, activation)
 
     def encode(
         self, features: Tensor, action: Tensor, is_first: Tensor, carry: Tensor
