@@ -25,6 +25,7 @@ from fastwm.loops.evaluate import seed_of
 from fastwm.loops.ha_run import StageError
 from fastwm.loops.online import OnlineRun
 from fastwm.replay import Replay
+from fastwm.replay_import import DataError
 from fastwm.spaces import Space
 
 AGENTS = {
@@ -43,6 +44,7 @@ MISTAKES = (
     envs.MissingPackageError,
     EpisodeError,
     StageError,
+    DataError,
 )
 
 

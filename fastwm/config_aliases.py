@@ -100,6 +100,9 @@ COMMON: dict[str, Alias] = {
     "run.eval_envs": "eval.envs",
     "run.eval_eps": "eval.episodes",
     "replay.size": "replay.capacity",
+    "run.from_checkpoint": "from_checkpoint",
+    "run.from_checkpoint_regex": "from_checkpoint_regex",
+    "offline": "offline_traindir",
     "jax.platform": PLATFORM,
     "jax.compute_dtype": DTYPE,
 }

@@ -145,6 +145,11 @@ class DreamerConfig:
     lam: float = key(0.95, "lambda of the lambda-return", 0, 1)
     actent: float = key(3e-4, "weight of the policy's entropy", 0)
     contdisc: bool = key(True, "the continuation head learns the discount too")
+    offline_traindir: str = key(
+        "", "train on the episodes of this folder alone (task `offline`: without environment)"
+    )
+    from_checkpoint: str = key("", "run folder or checkpoint file whose weights a new run takes")
+    from_checkpoint_regex: str = key("", "of these weights only those whose names it finds")
     env: Env = group(Env)
     replay: Replay = group(Replay)
     encoder: Encoder = group(Encoder)

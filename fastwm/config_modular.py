@@ -73,6 +73,11 @@ class ModularConfig:
     critic_real_return_mix: float = key(0.0, "share of one-step targets on replayed rows", 0, 1)
     actor_normalize_returns: bool = key(False, "divide the actor's returns by their deviation")
     openloop_every: int = key(20, "updates between measurements of the open-loop error; 0: none", 0)
+    offline_traindir: str = key(
+        "", "train on the episodes of this folder alone (task `offline`: without environment)"
+    )
+    from_checkpoint: str = key("", "run folder or checkpoint file whose weights a new run takes")
+    from_checkpoint_regex: str = key("", "of these weights only those whose names it finds")
     env: Env = group(Env)
     replay: Replay = group(Replay)
     encoder: Component = group(Component)

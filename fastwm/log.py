@@ -232,7 +232,7 @@ class Logger:
     def picture(self, name: str, pixels: np.ndarray, env_steps: int) -> Path:
         """A picture (H, W, 3) uint8 as <run>/videos/<name>-<env_steps>.png and in TensorBoard."""
         data = png(pixels)
-        self._image(f"{name}_strip", data, pixels.shape[:2], env_steps)
+        self._image(f"{name}/strip", data, pixels.shape[:2], env_steps)
         return self._file(name, "png", data, env_steps)
 
     def histograms(self, tensors: Iterable[tuple[str, torch.Tensor]], env_steps: int) -> None:

@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config, folder) -> int:
     """Start or continue the run of a folder."""
     from fastwm import assemble, checkpoint
+    from fastwm.checkpoint_partial import load_weights
     from fastwm.loops import online
 
     with checkpoint.lock(folder):
@@ -36,9 +37,12 @@ def train(config, folder) -> int:
 
             return assemble_ha.train(config, folder)
         stored, notes = assemble.read_folder(config, folder)
-        run = assemble.online_run(config, folder, stored)
+        run = build(config, folder, stored)
         try:
             assemble.announce(run)
+            if config.from_checkpoint and stored is None:
+                source, regex = config.from_checkpoint, config.from_checkpoint_regex
+                notes += load_weights(run.agent.model, source, regex)
             for note in notes:
                 run.logger.say(note)
             if stored:
@@ -48,7 +52,19 @@ def train(config, folder) -> int:
             return online.train(run, stored)
         finally:
             run.logger.close()
-            run.envs.close()
+            if run.envs is not None:
+                run.envs.close()
+
+
+def build(config, folder, stored):
+    """The pieces of a run: on environments, or on stored episodes."""
+    from fastwm import assemble
+
+    if config.offline_traindir:
+        from fastwm import assemble_offline
+
+        return assemble_offline.offline_run(config, folder, stored)
+    return assemble.online_run(config, folder, stored)
 
 
 if __name__ == "__main__":

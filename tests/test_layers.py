@@ -22,7 +22,7 @@ RANKS = {
     "loops": 7,
     "assemble": 7.5,  # config to objects, for the command lines
     "train": 8, "eval": 8, "play": 8.5, "dream": 8, "check_env": 8, "doctor": 8, "selftest": 8,
-    "bench": 8, "diagnose": 8, "export": 8, "__init__": 8,
+    "bench": 8, "diagnose": 8, "export": 8, "data": 8, "__init__": 8,
 }  # fmt: skip
 
 

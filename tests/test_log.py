@@ -176,7 +176,7 @@ def test_tensorboard_has_scalars_short_names_and_video(tmp_path):
     assert {"eval/return", "eval_return", "speed/env_steps_per_s"} <= set(tags["scalars"])
     assert found.Scalars("eval_return")[0].step == 10
     assert found.Images("train_openl")[0].encoded_image_string == path.read_bytes()
-    assert found.Images("train_openl/top_strip")[0].encoded_image_string == other.read_bytes()
+    assert found.Images("train_openl/top/strip")[0].encoded_image_string == other.read_bytes()
     histograms = {"weight/net/weight", "gradient/net/weight", "weight/net/bias"}
     assert set(tags["histograms"]) == histograms
     assert found.Histograms("gradient/net/weight")[0].histogram_value.max == 2.0

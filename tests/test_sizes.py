@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("fastwm", "csrc", "_build_backend", "tests", "benchmarks", "examples", "configs")
 SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 FILES = [p for f in FOLDERS for p in sorted((ROOT / f).rglob("*")) if p.suffix in SUFFIXES]
-COMMANDS = "train eval play dream check_env doctor selftest bench export".split()
+COMMANDS = "train eval play dream check_env doctor selftest bench export data".split()
 
 
 def indent(line: str) -> int:

@@ -35,7 +35,7 @@ def save(run: Any) -> None:
             "counters": counters(run),
             "rows": run.rows,
             "state": pytree.tree_leaves(run.state),
-            "envs": _envs_state(run.envs),
+            "envs": None if run.envs is None else _envs_state(run.envs),
             "batch": run.batch,
             "replay": manifest,
             "logger": run.logger.state_dict(),
@@ -96,9 +96,7 @@ def counters(run: Any) -> dict[str, Any]:
 
 def restore(run: Any, stored: dict[str, Any]) -> None:
     """Put a run into the state that `save` stored; log and replay are at their places already."""
-    run.agent.load_state_dict(stored["agent"])
-    _restore_counters(run, stored["counters"])
-    run.batch = stored["batch"]
+    restore_learner(run, stored)
     fresh = run.agent.initial_state(run.config.envs)
     leaves, shape = pytree.tree_flatten(fresh)
     try:
@@ -116,6 +114,13 @@ def restore(run: Any, stored: dict[str, Any]) -> None:
         if run.replay is not None:
             run.replay.reset_stream()
         run.rows, run.state = run.envs.reset(), fresh
+
+
+def restore_learner(run: Any, stored: dict[str, Any]) -> None:
+    """What does not depend on environments: agent, counters, and the batch for pictures."""
+    run.agent.load_state_dict(stored["agent"])
+    _restore_counters(run, stored["counters"])
+    run.batch = stored["batch"]
 
 
 def load_replay(config: Any, replay: Any, folder: Path, stored: dict[str, Any] | None) -> None:
