@@ -30,6 +30,7 @@ from fastwm.spaces import Space
 
 AGENTS = {
     "dreamerv3": "fastwm.agents.dreamer:DreamerAgent",
+    "dreamerv3_2023": "fastwm.agents.dreamer_2023:DreamerAgent2023",
     "modular": "fastwm.agents.modular:ModularAgent",
     "random": "fastwm.agents.random:RandomAgent",
     "ha": "fastwm.agents.ha:HaAgent",

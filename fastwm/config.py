@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 from fastwm import config_aliases
 from fastwm.config_dreamer import DreamerConfig
+from fastwm.config_dreamer_2023 import DreamerConfig2023
 from fastwm.config_ha import HaConfig
 from fastwm.config_modular import ModularConfig
 from fastwm.settings import (
@@ -32,12 +33,14 @@ from fastwm.settings import (
 
 SCHEMAS: dict[str, type] = {
     "dreamerv3": DreamerConfig,
+    "dreamerv3_2023": DreamerConfig2023,
     "ha": HaConfig,
     "modular": ModularConfig,
     "random": DreamerConfig,
 }
 DEFAULT_PRESETS = {  # when none is named
     "dreamerv3": ("cartpole",),
+    "dreamerv3_2023": ("cartpole",),
     "ha": ("ha_carracing",),
     "modular": ("modular_cartpole",),
     "random": ("cartpole",),

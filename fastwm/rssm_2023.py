@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastwm import ops
 from fastwm.nets_2023 import MLP, LayerNormLinear, Output, init_hidden_
 from fastwm.ops._rssm_layernorm import gates
+from fastwm.rssm import feat
 
 
 class Categorical:
@@ -191,21 +192,26 @@ class RSSM(nn.Module):
         self,
         deter: Tensor,  # (N, D)
         stoch: Tensor,  # (N, S, K)
-        policy: Callable[[Tensor, Tensor], Tensor],
+        policy: Callable[[Tensor], Tensor],  # (N, F) -> (N, A)
         length: int,
         noise: Tensor | None,  # (I, N, S) uniform
-    ) -> tuple[Tensor, Tensor, Tensor]:  # (N,I+1,D), (N,I+1,S,K), (N,I+1,A)
+    ) -> tuple[Tensor, Tensor]:  # (N, I+1, F), (N, I+1, A)
         """Roll the prior forward under a policy, differentiable from states to earlier actions.
 
-        The policy reads detached states: its gradient comes through the actions alone.
+        The policy reads detached features: its gradient comes through the actions alone.
         """
-        deters, stochs, actions = [deter], [stoch], [policy(deter.detach(), stoch.detach())]
+        features = [feat(deter, stoch)]
+        actions = [policy(features[0].detach())]
         for step in range(length):
             x = self.inputs(torch.cat([stoch.flatten(-2), actions[-1]], -1))
             deter = self.core(x, deter)
             stats = self.prior_logits(deter)
             stoch = self.latent.sample(stats, None if noise is None else noise[step])
-            deters.append(deter)
-            stochs.append(stoch)
-            actions.append(policy(deter.detach(), stoch.detach()))
-        return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(actions, 1)
+            features.append(feat(deter, stoch))
+            actions.append(policy(features[-1].detach()))
+        return torch.stack(features, 1), torch.stack(actions, 1)
+
+    def split(self, features: Tensor) -> tuple[Tensor, Tensor]:  # (..., F)
+        """Views of deter (..., D) and stoch (..., S, K)."""
+        deter, stoch = features.split([self.deter, self.latent_size], -1)
+        return deter, stoch.unflatten(-1, self.latent.shape)

@@ -120,7 +120,7 @@ def test_bad_input(argv, parts):
 
 
 def test_unknown_algorithm_has_a_suggestion():
-    assert "did you mean dreamerv3?" in message("dreamer3")
+    assert "did you mean dreamerv3, " in message("dreamer3")
 
 
 def test_bad_file_names_itself(tmp_path):

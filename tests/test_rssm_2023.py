@@ -213,7 +213,8 @@ def test_imagination_follows_the_prior(latent, near):
     deter, stoch = torch.randn(4, 8), torch.randn(4, *model.latent.shape)
     noise, actions = torch.rand(3, 4, 5), torch.randn(4, 4, 3)
     given = iter(actions)
-    deters, stochs, taken = model.imagine(deter, stoch, lambda d, s: next(given), 3, noise)
+    features, taken = model.imagine(deter, stoch, lambda features: next(given), 3, noise)
+    deters, stochs = model.split(features)
     assert torch.equal(taken, actions.transpose(0, 1))
     for i in range(3):
         x = model.inputs(torch.cat([stochs[:, i].flatten(1), actions[i]], -1))
@@ -234,7 +235,8 @@ def test_imagination_is_differentiable_through_the_actions(latent):
         def result(action):
             later = torch.zeros_like(action)
             given = iter([action, later, later])
-            deters, _, _ = model.imagine(deter, stoch, lambda d, s: next(given), 2, noise)
+            features, _ = model.imagine(deter, stoch, lambda features: next(given), 2, noise)
+            deters, _ = model.split(features)
             return (deters[:, 1 if latent == "onehot" else 2] * weight).sum()
 
         assert torch.autograd.gradcheck(result, action, eps=1e-6, atol=1e-6)

@@ -192,11 +192,14 @@ class DreamerAgent:
         source = self.act_generator if generator is None else generator
         with self.autocast():
             action, state = self.policy.step(obs, state, is_first, mode, source)
-        latents = {
+        return action.cpu().numpy(), state, self.latents(state)
+
+    def latents(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What a replay row keeps of an acting state."""
+        return {
             "deter": state["deter"].to(torch.bfloat16).cpu(),
             "stoch": state["stoch"].argmax(-1).to(self.index_dtype).cpu(),
         }
-        return action.cpu().numpy(), state, latents
 
     # Learning
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastwm import behavior, behavior_2023, nets, nets_2023, rssm, rssm_2023
 from fastwm.behavior import Actor
 from fastwm.nets import Encoder
 from fastwm.rssm import RSSM, feat
@@ -15,6 +16,10 @@ from fastwm.spaces import Space
 
 MODES = ("train", "sample", "greedy", "random")
 FORMAT = "fastwm-policy-1"
+NETWORKS = {  # what a policy file's options["networks"] names
+    "2024": (nets.Encoder, rssm.RSSM, behavior.Actor),
+    "2023": (nets_2023.Encoder, rssm_2023.RSSM, behavior_2023.Actor),
+}
 
 
 class RecurrentPolicy(nn.Module):
@@ -170,6 +175,7 @@ def _rebuild(obs_space: dict[str, Space], act_space: Space, options: dict) -> nn
         from fastwm.agents.modular_policy import rebuild
 
         return rebuild(obs_space, act_space, options)
-    encoder = Encoder(obs_space, **options["encoder"])
-    rssm = RSSM(encoder.out_features, act_space.encoded_size, **options["rssm"])
-    return RecurrentPolicy(encoder, rssm, Actor(rssm.feat_size, act_space, **options["actor"]))
+    encoder_type, rssm_type, actor_type = NETWORKS[options.get("networks", "2024")]
+    encoder = encoder_type(obs_space, **options["encoder"])
+    core = rssm_type(encoder.out_features, act_space.encoded_size, **options["rssm"])
+    return RecurrentPolicy(encoder, core, actor_type(core.feat_size, act_space, **options["actor"]))

@@ -1,0 +1,220 @@
+"""DreamerV3 of 2023: world model, actor and critic, each with its own optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastwm.agents.dreamer import DreamerAgent, Noise
+from fastwm.agents.policy import RecurrentPolicy, pack_policy
+from fastwm.behavior import ReturnNorm
+from fastwm.behavior_2023 import Actor, Behavior, Critic, frozen
+from fastwm.config import DreamerConfig2023
+from fastwm.optim_scaled import ScaledAdam
+from fastwm.spaces import Space
+from fastwm.worldmodels.dreamer import Posterior
+from fastwm.worldmodels.dreamer_2023 import WorldModel2023
+
+POLICY_KEYS = ("layers", "units", "outscale", "unimix", "min_std", "max_std")
+
+
+def split_options(config: DreamerConfig2023) -> tuple[dict, dict]:
+    """Of the actor's settings those of its network, and those of its training."""
+    network = asdict(config.actor)
+    training = {key: network.pop(key) for key in list(network) if key not in POLICY_KEYS}
+    return network, training
+
+
+class DreamerModel2023(nn.Module):
+    """World model and behavior, built from a configuration."""
+
+    def __init__(
+        self, obs_space: dict[str, Space], act_space: Space, config: DreamerConfig2023
+    ) -> None:
+        super().__init__()
+        rssm, reward = asdict(config.rssm), asdict(config.reward)
+        self.world = WorldModel2023(
+            obs_space,
+            act_space,
+            encoder=asdict(config.encoder),
+            decoder=asdict(config.decoder),
+            free_nats=rssm.pop("free_nats"),
+            rssm=rssm,
+            bins=reward.pop("bins"),
+            reward=reward,
+            cont=asdict(config.cont),
+            grad_heads=config.grad_heads,
+        )
+        self.task = self.behavior(act_space, config)
+
+    def behavior(self, act_space: Space, config: DreamerConfig2023) -> Behavior:
+        size, critic = self.world.rssm.feat_size, asdict(config.critic)
+        network, training = split_options(config)
+        training["slow_reg"] = critic.pop("slow_reg")
+        training["discount"] = 1.0 - 1.0 / config.discount_horizon
+        training |= {"lam": config.lam, "actent": config.actent}
+        actor = Actor(size, act_space, **network)
+        return Behavior(
+            actor, Critic(size, **critic), ReturnNorm(**asdict(config.retnorm)), training
+        )
+
+    @property
+    def actor(self) -> Actor:
+        return self.task.actor
+
+    @property
+    def critic(self) -> Critic:
+        return self.task.critic
+
+
+class DreamerAgent2023(DreamerAgent):
+    """Acts in environments and learns from replay batches; stores no latents.
+
+    obs_space, act_space: see fastwm.spaces. config: fastwm.config.DreamerConfig2023.
+    The same seed, data and device give the same agent bit for bit on a CPU.
+    """
+
+    def __init__(
+        self,
+        obs_space: dict[str, Space],
+        act_space: Space,
+        config: DreamerConfig2023,
+        *,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.config, self.device = config, torch.device(device)
+        self.obs_space, self.act_space = dict(obs_space), act_space
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = DreamerModel2023(obs_space, act_space, config).to(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.act_generator = torch.Generator(self.device).manual_seed(seed + (1 << 40))
+        self.optimizers = self.make_optimizers()
+        self.policy = RecurrentPolicy(self.model.world.encoder, self.model.world.rssm,
+                                      self.model.actor)  # fmt: skip
+        self.index_dtype = torch.uint8  # unused: no latents are stored
+        self.updates = 0
+        self.loss_terms: dict[str, Tensor] = {}
+
+    def make_optimizers(self) -> dict[str, ScaledAdam]:
+        model, options = self.model, self.config.optim
+        parts = {
+            "model": (model.world, options.model),
+            "actor": (model.task.actor, options.actor),
+            "critic": (model.task.critic, options.critic),
+        }
+        made = {}
+        for name, (module, adam) in parts.items():
+            params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+            made[name] = ScaledAdam(params, **asdict(adam), scaled=self.precision == "fp16")
+        return made
+
+    def replay_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype name of every key of a replay row."""
+        return {k: v for k, v in super().replay_spec().items() if k not in ("deter", "stoch")}
+
+    def latents(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {}
+
+    # Learning
+
+    def world_losses(
+        self, batch: dict[str, Tensor], noise: Noise
+    ) -> tuple[Tensor, dict, dict, Posterior]:
+        """The weighted total, the terms (B, T), metrics, and the posterior."""
+        world = self.model.world
+        with self.autocast():
+            _, post = world.observe(batch, noise.posterior)
+            terms, metrics = world.losses(batch, post)
+        scales = asdict(self.config.loss) | {"recon": self.config.loss.rec}
+        total = sum(scales[name.split("/")[0]] * term.mean() for name, term in terms.items())
+        return total, terms, metrics, post
+
+    def starts(self, post: Posterior) -> tuple[Tensor, Tensor]:
+        """Where imagination begins, (N, D) and (N, S, K): the last rows of the posterior."""
+        last = self.config.imag_last
+        return tuple(x[:, -last:].detach().flatten(0, 1) for x in (post.deter, post.stoch))
+
+    def learn_behavior(
+        self, post: Posterior, noise: Noise, healthy: Tensor
+    ) -> tuple[dict, dict, Tensor]:
+        """One update of actor and critic: losses, metrics, whether all is well."""
+        world, task = self.model.world, self.model.task
+
+        def heads(features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+            return world.reward_mean(features), world.cont_mean(features)
+
+        draws = (noise.prior, noise.action)
+        with frozen(world, task.critic), self.autocast():
+            out = task.imagine(
+                world.rssm, self.starts(post), heads, draws, self.config.imag_horizon
+            )
+        policy_loss = out.policy_loss.mean()
+        actor, applied, well = self.optimizers["actor"].descend(policy_loss, healthy)
+        with self.autocast():
+            value_losses, slow = task.critic_loss(out)
+        value_loss = value_losses.mean()
+        critic, critic_applied, critic_well = self.optimizers["critic"].descend(value_loss, healthy)
+        task.return_norm.commit(out.limits, applied)
+        task.critic.follow(self.updates, critic_applied)
+        metrics = out.metrics | {"slowval": slow.mean()}
+        metrics |= {f"opt/actor_{name}": value for name, value in actor.items()}
+        metrics |= {f"opt/critic_{name}": value for name, value in critic.items()}
+        losses = {"policy": policy_loss.detach(), "value": value_loss.detach()}
+        return losses, metrics, well & critic_well
+
+    def update(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One step of the world model, then, through its new weights, of actor and critic.
+
+        Returns metrics (0-d tensors on the device, no host sync) and no latents. A part whose loss
+        or gradient is not finite stays as it is, and with the world model's loss all do;
+        metrics["opt/finite"] tells.
+        """
+        batch = self.to_device(batch)
+        noise = self.draw_noise(*batch["is_first"].shape)
+        total, terms, metrics, post = self.world_losses(batch, noise)
+        model, _, well = self.optimizers["model"].descend(total)
+        self.updates += 1
+        healthy = torch.isfinite(total.detach())  # bad data say nothing to actor and critic either
+        losses, more, behavior_well = self.learn_behavior(post, noise, healthy)
+        self.loss_terms = {name: term.detach() for name, term in terms.items()} | losses
+        metrics |= more | {f"loss/{name}": term.mean() for name, term in self.loss_terms.items()}
+        metrics |= {f"opt/{name}": value for name, value in model.items()}
+        metrics |= {"opt/loss": total.detach(), "opt/finite": well & behavior_well}
+        return metrics, {}
+
+    def save_policy(self, path: str | Path) -> None:
+        """Write what acting needs, for `fastwm.load_policy`."""
+        rssm = asdict(self.config.rssm)
+        rssm.pop("free_nats")
+        options = {
+            "networks": "2023",
+            "encoder": asdict(self.config.encoder),
+            "rssm": rssm,
+            "actor": split_options(self.config)[0],
+        }
+        torch.save(pack_policy(self.policy, self.obs_space, options), path)
+
+    # State
+
+    def state_dict(self) -> dict:
+        """Everything that the next update depends on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": {name: part.state_dict() for name, part in self.optimizers.items()},
+            "generator": self.generator.get_state(),
+            "act_generator": self.act_generator.get_state(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        for name, part in self.optimizers.items():
+            part.load_state_dict(state["optimizers"][name])
+        self.generator.set_state(state["generator"].cpu())
+        self.act_generator.set_state(state["act_generator"].cpu())
+        self.updates = int(state["updates"])
