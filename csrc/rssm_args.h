@@ -1,5 +1,5 @@
-// The arguments of the raw RSSM ops, checked once for every device: shapes, dtypes, devices, row-major
-// copies, and the outputs. What is left to a binding is memory of its own and the run.
+// The arguments of the raw RSSM ops, checked once for every device: shapes, dtypes, devices,
+// row-major copies, and the outputs. What is left to a binding is memory of its own and the run.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -37,10 +37,10 @@ struct Inputs {
 // `weights` in the order of fastwm/ops/_rssm_sequence.py flatten().
 inline RssmWeights read_weights(Inputs& in, const Tensors& weights, int64_t hidden, RssmSizes& n) {
   const int64_t count = (int64_t)weights.size(), rest = count - 9 - 3 * hidden - 4;
-  STD_TORCH_CHECK(hidden >= 1 && hidden <= kRssmLayers && rest >= 3 && rest % 3 == 0 &&
-                      rest / 3 <= kRssmLayers,
-                  in.op, ": expected weights of 3 + ", hidden, " + 1..", kRssmLayers,
-                  " layers of three tensors and 2 of two, got ", count, " tensors");
+  STD_TORCH_CHECK(
+      hidden >= 1 && hidden <= kRssmLayers && rest >= 3 && rest % 3 == 0 && rest / 3 <= kRssmLayers,
+      in.op, ": expected weights of 3 + ", hidden, " + 1..", kRssmLayers,
+      " layers of three tensors and 2 of two, got ", count, " tensors");
   check_shape(in.op, "deter_in weight", weights[0], "(U, D)", {-1, -1});
   const size_t gru = 9 + 3 * hidden;
   check_shape(in.op, "gru weight", weights[gru], "(G, D/G, 3D/G)", {-1, -1, -1});
@@ -48,10 +48,10 @@ inline RssmWeights read_weights(Inputs& in, const Tensors& weights, int64_t hidd
   n.units = weights[0].size(0), n.deter = weights[0].size(1), n.blocks = weights[gru].size(0);
   n.hidden_layers = hidden, n.post_layers = rest / 3;
   n.embed = weights[gru + 2].size(1) - n.deter;
-  STD_TORCH_CHECK(n.units > 0 && n.deter > 0 && n.blocks > 0 && n.deter % n.blocks == 0 &&
-                      n.embed >= 0,
-                  in.op, ": expected D a multiple of G and a posterior of width D+E, got D = ",
-                  n.deter, ", G = ", n.blocks, ", width ", n.deter + n.embed);
+  STD_TORCH_CHECK(
+      n.units > 0 && n.deter > 0 && n.blocks > 0 && n.deter % n.blocks == 0 && n.embed >= 0, in.op,
+      ": expected D a multiple of G and a posterior of width D+E, got D = ", n.deter,
+      ", G = ", n.blocks, ", width ", n.deter + n.embed);
   const int64_t d = n.block(), u = n.units, z = n.stoch();
   size_t next = 0;
   auto layer = [&](const char* name, std::initializer_list<int64_t> sizes, int64_t width,
@@ -81,7 +81,8 @@ inline RssmWeights read_weights(Inputs& in, const Tensors& weights, int64_t hidd
   return w;
 }
 
-inline RssmSizes read_sizes(const char* op, int64_t groups, int64_t classes, const Tensor& is_first) {
+inline RssmSizes read_sizes(const char* op, int64_t groups, int64_t classes,
+                            const Tensor& is_first) {
   check_shape(op, "is_first", is_first, "(B, T)", {-1, -1});
   RssmSizes n{};
   n.batch = is_first.size(0), n.time = is_first.size(1);
@@ -92,7 +93,8 @@ inline RssmSizes read_sizes(const char* op, int64_t groups, int64_t classes, con
 }
 
 // With `save` every step is kept and returned; without, one step's memory serves them all.
-inline Tensor keep(const Tensor& like, const RssmSizes& n, int64_t width, bool save, RssmView& view) {
+inline Tensor keep(const Tensor& like, const RssmSizes& n, int64_t width, bool save,
+                   RssmView& view) {
   Tensor tensor = allocate(like, {n.batch, save ? n.time : 1, width});
   view.data = mutable_ptr(tensor);
   view.row = save ? n.time * width : width;
@@ -119,8 +121,8 @@ inline Tensors scan_args(RssmScan& a, Inputs& in, const Tensors& weights, int64_
   a.unimix = (float)unimix;
 
   const bool small = n.classes <= 256;
-  Tensor index = allocate(deter, {n.batch, n.time, n.groups},
-                          small ? ScalarType::Byte : ScalarType::Long);
+  Tensor index =
+      allocate(deter, {n.batch, n.time, n.groups}, small ? ScalarType::Byte : ScalarType::Long);
   if (small) a.index8 = mutable_ptr<uint8_t>(index);
   if (!small) a.index64 = mutable_ptr<int64_t>(index);
   Tensors out{keep(deter, n, n.deter, true, a.out_deter), keep(deter, n, n.stoch(), true, a.logits),
@@ -190,7 +192,8 @@ inline Tensors scan_backward_args(RssmScanGrad& a, Inputs& in, const Tensors& we
 // Weights of a rollout in the same order, with the prior's layers as the posterior's.
 inline RssmScan rollout_args(Inputs& in, const Tensors& weights, int64_t hidden, int64_t groups) {
   RssmScan a{};
-  STD_TORCH_CHECK(weights.size() > 6, in.op, ": expected weights, got ", weights.size(), " tensors");
+  STD_TORCH_CHECK(weights.size() > 6, in.op, ": expected weights, got ", weights.size(),
+                  " tensors");
   check_shape(in.op, "stoch_in weight", weights[3], "(U, S*K)", {-1, -1});
   check_shape(in.op, "action_in weight", weights[6], "(U, A)", {-1, -1});
   const int64_t width = weights[3].size(1);
@@ -206,8 +209,8 @@ inline RssmScan rollout_args(Inputs& in, const Tensors& weights, int64_t hidden,
 }
 
 // Step t of a trajectory (N, I+1, width...) whose states are contiguous each; see RssmView.
-inline RssmView slice(const char* op, const char* name, Tensor& all, const Tensor& like, int64_t rows,
-               int64_t steps, int64_t width, int64_t t) {
+inline RssmView slice(const char* op, const char* name, Tensor& all, const Tensor& like,
+                      int64_t rows, int64_t steps, int64_t width, int64_t t) {
   check_dtype(op, name, all, ScalarType::Float);
   check_same_device(op, name, all, like);
   bool whole = all.numel() == rows * steps * width;

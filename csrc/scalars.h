@@ -77,4 +77,36 @@ FWM_HD float gmm_grad_mean(float share, float z, float inverse_std) {
 // Not share * (1 - z^2): a component too far away has share 0 and z^2 infinite.
 FWM_HD float gmm_grad_log_std(float share, float z) { return share - (share * z) * z; }
 
+// One element of an optimizer's step. `correct` are 1 / (1 - beta^t), `mix` 1 - beta.
+struct OptimStep {
+  float lr, beta1, beta2, eps, mix1, mix2, correct1, correct2;
+  float grad_factor;   // 1 / (gradient scale * clipping)
+  float weight_decay;  // of this tensor
+  float clip_value;    // Adam: of each element, after grad_factor
+  bool nesterov;       // LaProp
+  bool decoupled;      // Adam: decay beside the update
+};
+
+FWM_HD void laprop_element(const OptimStep& s, float grad, float& param, float& mu, float& nu) {
+  const float g = grad * s.grad_factor;
+  const float second = s.beta2 * nu + s.mix2 * g * g;
+  const float unit = g / (sqrtf(second * s.correct2) + s.eps);
+  const float first = s.beta1 * mu + s.mix1 * unit;
+  const float ahead = s.nesterov ? s.beta1 * first + s.mix1 * unit : first;
+  param -= s.lr * (ahead * s.correct1 + s.weight_decay * param);
+  mu = first;
+  nu = second;
+}
+
+FWM_HD void adam_element(const OptimStep& s, float grad, float& param, float& mu, float& nu) {
+  const float coupled = s.decoupled ? 0.0f : s.weight_decay, decoupled = s.weight_decay - coupled;
+  const float scaled = grad * s.grad_factor, least = scaled < -s.clip_value ? -s.clip_value : scaled;
+  const float g = (least > s.clip_value ? s.clip_value : least) + coupled * param;
+  const float first = s.beta1 * mu + s.mix1 * g, second = s.beta2 * nu + s.mix2 * g * g;
+  const float move = first * s.correct1 / (sqrtf(second * s.correct2) + s.eps);
+  param -= s.lr * (move + decoupled * param);
+  mu = first;
+  nu = second;
+}
+
 }  // namespace fastwm

@@ -7,14 +7,20 @@ letter but for the launches; inline assembly and tensor cores are the kernels' o
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import re
 import subprocess
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
+
+from fastwm.ops import _backend
 
 ROOT = Path(__file__).parents[1]
 HEADERS = Path(__file__).parent / "emulation"
@@ -22,11 +28,13 @@ FLAGS = [
     "-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]  # fmt: skip
-LAUNCH = re.compile(r"([\w:]+(?:<[\w:, ]+>)?)<<<(.*?)>>>\s*\((.*?)\);", re.DOTALL)
+SHARED = re.compile(r"(?<!extern )(__shared__ [^;]*?(\w+)(?:\[[^;]*\])?;)")
+LAUNCH = re.compile(r"([\w:]+(?:<[\w:, ]+>)?)\s*<<<(.*?)>>>\s*\((.*?)\);", re.DOTALL)
 
 
 def translate(text: str) -> str:
-    """One source with launches as calls, and its operators under another name."""
+    """One source with launches as calls, shared arrays announced, operators under another name."""
+    text = SHARED.sub(r"\1 ::emulation::declare_shared(&\2, sizeof(\2));", text)
     text = LAUNCH.sub(r"::emulation::launch(\2, [=] { \1(\3); });", text)
     text = re.sub(r"(STABLE_TORCH_LIBRARY\w*)\(fastwm, CUDA, m\)", r"\1(fastwm_emulated, CPU, m)",
                   text)  # fmt: skip
@@ -44,7 +52,7 @@ def _copy(folder: Path) -> list[Path]:
         _write(folder / path.name, path.read_text())
     _write(folder / "fwm_schemas.h", '#define FWM_SCHEMAS ""\n')
     return [folder / "ops.cpp", *sorted(folder.glob("ops_cuda*.cpp")),
-            *sorted(folder.glob("cuda/*.cu"))]  # fmt: skip
+            *sorted(folder.glob("cuda/*.cu")), folder / "guard.cpp"]  # fmt: skip
 
 
 def _write(path: Path, text: str) -> None:
@@ -59,8 +67,8 @@ def _run(command: list[str]) -> None:
 
 
 @cache
-def load():
-    """The operators as `torch.ops.fastwm_emulated`; compiles only what has changed."""
+def build() -> Path:
+    """The library; compiles only what has changed."""
     folder = ROOT / "build/emulation"
     folder.mkdir(parents=True, exist_ok=True)
     sources = _copy(folder)
@@ -85,5 +93,40 @@ def load():
         folders = [f"-L{path}" for path in library_paths()]
         _run(["c++", "-shared", *map(str, objects), *folders, "-ltorch", "-ltorch_cpu", "-lc10",
               "-o", str(library)])  # fmt: skip
-    torch.ops.load_library(str(library))
+    return library
+
+
+@cache
+def switches() -> ctypes.CDLL:
+    """emulation_guard(on) and emulation_order(order); see emulation/guard.cpp."""
+    return ctypes.CDLL(str(build()))
+
+
+def load():
+    """The operators as `torch.ops.fastwm_emulated`."""
+    torch.ops.load_library(str(build()))
     return torch.ops.fastwm_emulated
+
+
+@contextmanager
+def instead_of_cpu(names: Sequence[str], order: int = 1) -> Iterator[None]:
+    """Within the block these raw ops of CPU tensors run the CUDA code, on guarded memory.
+
+    `order` of threads and blocks: -1 forward, -2 reverse, else the seed of a random one.
+    """
+    emulated, switch = load(), switches()
+    library = torch.library.Library("fastwm", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels are replaced, which is the purpose
+        for name in names:
+            library.impl(name, getattr(emulated, name).default, "CPU", allow_override=True)
+    _backend.LOW_INPUT.add("cpu")
+    switch.emulation_order(order)
+    switch.emulation_guard(1)
+    try:
+        yield
+    finally:
+        damaged = switch.emulation_guard(0)
+        _backend.LOW_INPUT.discard("cpu")
+        library._destroy()
+    assert not damaged, "a kernel wrote outside of a tensor"

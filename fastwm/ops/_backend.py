@@ -108,6 +108,15 @@ def available(where: torch.Tensor | torch.device | str, op: str | None = None) -
     return _names <= _kernels[kind] if op is None else op in _kernels[kind]
 
 
+LOW_INPUT = {"cuda"}  # where the kernels of twohot and norm read bfloat16 themselves
+
+
+def operand(x: torch.Tensor) -> torch.Tensor:
+    """x as the raw ops of twohot and norm take it: float32, or bfloat16 where kernels read it."""
+    low = x.dtype == torch.bfloat16 and x.device.type in LOW_INPUT
+    return x if low else x.float()
+
+
 def fused_wanted() -> bool:
     """False within `use_backend("reference")`: for fast paths that need no compiled kernel."""
     return _fused

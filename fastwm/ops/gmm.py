@@ -1,8 +1,7 @@
 """Negative log-likelihood of mixtures of normal distributions, in both forms of the literature.
 
 Letters: Z latents, M mixture components. Everything is float32 inside; bfloat16 is accepted and
-its gradients come back in bfloat16. This stem has no CUDA file yet: CUDA tensors take the plain
-PyTorch path.
+its gradients come back in bfloat16.
 """
 
 from __future__ import annotations

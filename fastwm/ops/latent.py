@@ -1,7 +1,6 @@
 """Categorical latents: unimix, sampling with given noise, straight-through, balanced KL.
 
 Letters: S groups, K classes per group. Everything is float32 inside.
-This stem has no CUDA file yet: CUDA tensors take the plain PyTorch path.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def _check_sample(logits: Tensor, noise: Tensor | None, unimix: float) -> None:
 
 def _fused(logits: Tensor) -> bool:
     wide = logits.dtype == torch.float64
-    return available(logits) and not wide and logits.shape[-1] <= MAX_CLASSES
+    return available(logits, "kl_balance") and not wide and logits.shape[-1] <= MAX_CLASSES
 
 
 def latent_sample_ref(

@@ -1,6 +1,6 @@
 """RMSNorm and SiLU in one: what follows every Linear of DreamerV3. Letters: U features.
 
-This stem has no CUDA file yet: CUDA tensors take the plain PyTorch path.
+CUDA kernels read and write bfloat16 themselves.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastwm.ops._backend import available, raw, register_fake, wants_grad
+from fastwm.ops._backend import available, operand, raw, register_fake, wants_grad
 from fastwm.ops._check import check_dtype, check_same_device, check_shape
 
 __all__ = ["rms_silu", "rms_silu_ref"]
@@ -45,12 +45,12 @@ def rms_silu(x: Tensor, scale: Tensor, eps: float = 1e-4) -> Tensor:  # (…,U),
         F.silu(F.rms_norm(x.float(), x.shape[-1:], scale, eps)).to(x.dtype)
     """
     _check(x, scale)
-    if not available(x) or x.dtype == torch.float64:
+    if not available(x, "rms_silu") or x.dtype == torch.float64:
         return rms_silu_ref(x, scale, eps)
-    wide, gain = x.float(), scale.float()
+    x_in, gain = operand(x), scale.float()
     if wants_grad(x, scale):
-        return _RmsSilu.apply(wide, gain, eps).to(x.dtype)
-    return raw.rms_silu(wide, gain, eps).to(x.dtype)
+        return _RmsSilu.apply(x_in, gain, eps).to(x.dtype)
+    return raw.rms_silu(x_in, gain, eps).to(x.dtype)
 
 
 class _RmsSilu(torch.autograd.Function):

@@ -1,8 +1,7 @@
 """Two-hot distributions over fixed bins: the loss, the mean and the symexp-spaced bins.
 
 Letters: V bins. Everything is float32 inside; bfloat16 logits are accepted and their gradient
-comes back in bfloat16. This stem has no CUDA file yet: CUDA
-tensors take the plain PyTorch path.
+comes back in bfloat16; CUDA kernels read and write it without a copy.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastwm.ops._backend import available, raw, register_fake, wants_grad
+from fastwm.ops._backend import available, operand, raw, register_fake, wants_grad
 from fastwm.ops._check import check_dtype, check_same_device, check_shape
 
 __all__ = [
@@ -118,7 +117,7 @@ def _check_targets(logits: Tensor, targets: Sequence[Tensor]) -> None:
 
 def _fused(logits: Tensor) -> bool:
     wide = logits.dtype == torch.float64
-    return available(logits) and not wide and 1 <= logits.shape[-1] <= MAX_BINS
+    return available(logits, "twohot_loss") and not wide and 1 <= logits.shape[-1] <= MAX_BINS
 
 
 def twohot_weights(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -200,7 +199,7 @@ def twohot_loss(
     targets = [goal.detach().float() for goal in targets]
     targets = [symlog(goal) for goal in targets] if squash else targets
     second = targets[1] if len(targets) == 2 else None
-    args = (logits.float(), bins.float(), targets[0], second, scale[0], scale[-1])
+    args = (operand(logits), bins.float(), targets[0], second, scale[0], scale[-1])
     return _TwohotLoss.apply(*args) if wants_grad(logits) else raw.twohot_loss(*args)[0]
 
 
@@ -221,7 +220,8 @@ class _TwohotLoss(torch.autograd.Function):
 
 @register_fake("twohot_loss")
 def _(logits, bins, target, second, weight, second_weight):
-    return logits.new_empty(logits.shape[:-1]), logits.new_empty(logits.shape[:-1])
+    rows = logits.shape[:-1]
+    return tuple(logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
 
 
 @register_fake("twohot_loss_backward")
@@ -271,7 +271,7 @@ def twohot_mean(
     _check_logits("twohot_mean", logits, bins)
     if not _fused(logits):
         return twohot_mean_ref(logits, bins, squash=squash)
-    args = (logits.float(), bins.float())
+    args = (operand(logits), bins.float())
     mean = _TwohotMean.apply(*args) if wants_grad(logits) else raw.twohot_mean(*args)
     return symexp(mean) if squash else mean
 
@@ -290,7 +290,7 @@ class _TwohotMean(torch.autograd.Function):
 
 @register_fake("twohot_mean")
 def _(logits, bins):
-    return logits.new_empty(logits.shape[:-1])
+    return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
 
 
 @register_fake("twohot_mean_backward")

@@ -7,7 +7,7 @@
 #include "emulation.h"
 
 #undef STD_CUDA_CHECK
-#define STD_CUDA_CHECK(call) STD_TORCH_CHECK((call) == cudaSuccess, "launch failed: ", #call)
+#define STD_CUDA_CHECK(call) STD_TORCH_CHECK((call) == cudaSuccess, "launch failed: ", emulation::take_error())
 
 namespace fastwm {
 

@@ -1,0 +1,36 @@
+"""Op tests but those of rssm run on CUDA kernels too, executed on the CPU (tests/emulate.py)."""
+
+import shutil
+
+import emulate
+import pytest
+
+from fastwm import ops
+
+RAW = """
+lambda_return lambda_return_backward rms_silu rms_silu_backward twohot_loss twohot_loss_backward
+twohot_mean twohot_mean_backward gmm_nll gmm_nll_backward latent_sample latent_one_hot
+latent_backward kl_balance kl_balance_backward laprop_agc_ adam_ ema_
+""".split()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "variant" in metafunc.fixturenames:
+        own = "rssm" in metafunc.module.__name__
+        names = ["reference", "fused"] + ([] if own else ["cuda"])
+        metafunc.parametrize("variant", names, indirect=True)
+
+
+@pytest.fixture
+def variant(request):
+    """The plain PyTorch path, the compiled kernels, or the CUDA kernels in place of those."""
+    if request.param != "reference" and not ops.available("cpu"):
+        pytest.skip(f"no compiled kernels: {ops.backend_info()['cpu']}")
+    if request.param != "cuda":
+        with ops.use_backend(request.param):
+            yield request.param
+        return
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler (c++)")
+    with emulate.instead_of_cpu(RAW):
+        yield "cuda"
