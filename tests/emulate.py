@@ -66,6 +66,12 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-4000:]}")
 
 
+def compile_library(sources: Sequence[Path], library: Path, includes: Sequence[Path]) -> None:
+    """Translated kernels without torch as a library, for tests of the emulation itself."""
+    folders = [f"-I{path}" for path in includes]
+    _run(["c++", *FLAGS, "-shared", *folders, *map(str, sources), "-o", str(library)])
+
+
 @cache
 def build() -> Path:
     """The library; compiles only what has changed."""
