@@ -104,6 +104,16 @@ def activate_backward(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, T
     return rstd * (grad - normed * (grad * normed).mean(-1, keepdim=True)), grad_scale
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in the dtype of a; autocast decides what the product itself reads."""
+    return (a @ b).to(a.dtype)
+
+
+def hoisted(like: Tensor, low: bool):
+    """Around the products outside of the loop: in bfloat16 if `low`, else as they come."""
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=low)
+
+
 def blocks_times(x: Tensor, weight: Tensor) -> Tensor:
     """x (B, G*in) times weight (G, in, out) -> (B, G*out), block by block."""
     out = torch.bmm(x.unflatten(-1, (len(weight), -1)).transpose(0, 1), weight)
@@ -244,29 +254,30 @@ def bounded(action: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix, scan=scan,
-            save=True):  # fmt: skip
+            save=True, low=False):  # fmt: skip
     """Hoisted products, then the loop -> Scan."""
     units, block = weights.units, weights.deter // weights.blocks
     action, _ = bounded(prev_action, is_first)
-    branch = activate(F.linear(action, *weights.action_in[:2]), weights.action_in[2])
     rows = weights.rows(block + 2 * units, block + 3 * units)
-    action_part = branch @ rows + weights.hidden[0][1]
-    token_part = F.linear(tokens, weights.post[0][0][:, weights.deter :], weights.post[0][1])
+    with hoisted(deter, low):
+        branch = product(action, weights.action_in[0].t()) + weights.action_in[1]
+        action_part = product(activate(branch, weights.action_in[2]), rows) + weights.hidden[0][1]
+        token_part = product(tokens, weights.post[0][0][:, weights.deter :].t())
     return scan(
-        weights, deter, stoch.flatten(1), action_part, token_part, is_first, noise, unimix,
-        stoch.shape[1], save=save,
+        weights, deter, stoch.flatten(1), action_part, token_part + weights.post[0][1], is_first,
+        noise, unimix, stoch.shape[1], save=save,
     )  # fmt: skip
 
 
 def outer(grad: Tensor, x: Tensor) -> Tensor:
     """Gradient of a dense weight (out, in) from (B, T, out) and (B, T, in)."""
-    return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+    return product(grad.flatten(0, -2).t(), x.flatten(0, -2))
 
 
 def outer_blocks(x: Tensor, grad: Tensor, blocks: int) -> Tensor:
     """Gradient of a block weight (G, in/G, out/G) from (B, T, in) and (B, T, out)."""
     x = x.flatten(0, -2).unflatten(-1, (blocks, -1)).permute(1, 2, 0)
-    return torch.bmm(x, grad.flatten(0, -2).unflatten(-1, (blocks, -1)).transpose(0, 1))
+    return product(x, grad.flatten(0, -2).unflatten(-1, (blocks, -1)).transpose(0, 1))
 
 
 def total(grad: Tensor) -> Tensor:
@@ -276,10 +287,10 @@ def total(grad: Tensor) -> Tensor:
 def weight_gradients(weights, saved, loop, action, before, before_stoch, tokens):
     """Gradients in the order of `flatten`, and that of the action the steps saw."""
     units, block, blocks = weights.units, weights.deter // weights.blocks, weights.blocks
-    pre_action = F.linear(action, *weights.action_in[:2])
+    pre_action = product(action, weights.action_in[0].t()) + weights.action_in[1]
     act_action = activate(pre_action, weights.action_in[2])
     rows = weights.rows(block + 2 * units, block + 3 * units)
-    grad_action = loop.hidden[0] @ rows.t()
+    grad_action = product(loop.hidden[0], rows.t())
     grad_action, scale_action = activate_backward(grad_action, pre_action, weights.action_in[2])
     shared = outer(torch.cat([loop.act_inner, act_action], -1), loop.hidden[0])
     shared = shared.unflatten(-1, (blocks, block)).transpose(0, 1)
@@ -301,21 +312,30 @@ def weight_gradients(weights, saved, loop, action, before, before_stoch, tokens)
         weight = torch.cat([outer(grad, x) for x in parts], 1)
         layers.append([weight, total(grad), loop.scales[2 + count + i]])
     layers.append([outer(loop.logits, loop.act_post[-1]), total(loop.logits)])
-    return [x for layer in layers for x in layer], grad_action @ weights.action_in[0]
+    return [x for layer in layers for x in layer], product(grad_action, weights.action_in[0])
 
 
 class Sequence(torch.autograd.Function):
     """rssm_observe as one node: (deter, logits, stoch) of everything, by name in `forward`."""
 
     @staticmethod
-    def forward(ctx, loops, dynlayers, unimix, deter, stoch, tokens, prev_action, is_first,
+    def forward(ctx, loops, low, dynlayers, unimix, deter, stoch, tokens, prev_action, is_first,
                 noise, *tensors):  # fmt: skip
         weights = unflatten(tensors, dynlayers)
         saved = forward(
-            weights, deter, stoch, tokens, prev_action, is_first, noise, unimix, loops[0]
+            weights,
+            deter,
+            stoch,
+            tokens,
+            prev_action,
+            is_first,
+            noise,
+            unimix,
+            loops[0],
+            low=low,
         )
         groups, classes = stoch.shape[1:]
-        ctx.loops, ctx.dynlayers, ctx.unimix = loops, dynlayers, unimix
+        ctx.loops, ctx.low, ctx.dynlayers, ctx.unimix = loops, low, dynlayers, unimix
         ctx.shape = (groups, classes)
         ctx.counts = (len(tensors), len(saved.hidden))
         ctx.save_for_backward(
@@ -339,32 +359,34 @@ class Sequence(torch.autograd.Function):
         before = previous(deter, saved.deter, is_first)
         before_stoch = previous(stoch.flatten(1), hot, is_first)
         action, divisor = bounded(prev_action, is_first)
-        out, grad_action = weight_gradients(
-            weights, saved, loop, action, before, before_stoch, tokens
-        )
+        with hoisted(deter, ctx.low):
+            out, grad_action = weight_gradients(
+                weights, saved, loop, action, before, before_stoch, tokens
+            )
+            grad_tokens = product(loop.post[0], weights.post[0][0][:, weights.deter :])
         grad_action = (grad_action / divisor).masked_fill(is_first.unsqueeze(-1), 0.0)
-        grad_tokens = loop.post[0] @ weights.post[0][0][:, weights.deter :]
         grad_stoch = loop.stoch.unflatten(-1, (groups, classes))
-        return (None, None, None, loop.deter, grad_stoch, grad_tokens, grad_action, None, None,
-                *out)  # fmt: skip
+        return (None, None, None, None, loop.deter, grad_stoch, grad_tokens, grad_action, None,
+                None, *out)  # fmt: skip
 
 
 LOOPS = (scan, scan_backward)
 
 
-def observe(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix, loops=LOOPS):
-    """`rssm_observe` on checked, float inputs of one dtype."""
+def observe(weights, deter, stoch, tokens, prev_action, is_first, noise, unimix, loops=LOOPS,
+            low=False):  # fmt: skip
+    """`rssm_observe` on checked, float inputs of one dtype; low: products outside of the loop."""
     tensors = flatten(weights)
     states = (deter, stoch, tokens, prev_action)
     if not wants_grad(*states, *tensors):
         out = forward(
             unflatten(tensors, len(weights.hidden)), *states, is_first, noise, unimix, loops[0],
-            save=False,
+            save=False, low=low,
         )  # fmt: skip
         shape = stoch.shape[1:]
         hot = one_hot(out.index, shape[1], out.logits.dtype)
         return out.deter, out.logits.unflatten(-1, shape), hot.unflatten(-1, shape)
     return Sequence.apply(
-        loops, len(weights.hidden), unimix, deter, stoch, tokens, prev_action, is_first, noise,
+        loops, low, len(weights.hidden), unimix, deter, stoch, tokens, prev_action, is_first, noise,
         *tensors,
     )  # fmt: skip

@@ -229,8 +229,8 @@ def rssm_observe(
     Equivalent to:
         for t in range(T): deter = gru_step(...); logits = post(cat([deter, tokens[:, t]], -1))
         index, _ = latent_sample(logits, noise[:, t], unimix); stoch = straight_through(...)
-    Numerics: float32 inside and in the carry, float64 stays. Autocast changes nothing, but for the
-        products of the time loop on CUDA, which then read bfloat16.
+    Numerics: float32 inside and in the carry, float64 stays. Autocast changes nothing, but on CUDA,
+        where products then read bfloat16.
     """
     deter, stoch, tokens, prev_action, noise = _check_observe(
         weights, deter, stoch, tokens, prev_action, is_first, noise, unimix
@@ -244,7 +244,8 @@ def rssm_observe(
         on_device = deter.is_cuda and loops is not None  # a few launches, not one a layer
         if is_first.shape[1] == 1 and not wanted and not on_device:
             return rollout.observe_one(weights, *args)
-        return sequence.observe(weights, *args, loops=loops or sequence.LOOPS)
+        low = loops is fused.LOW_LOOPS
+        return sequence.observe(weights, *args, loops=loops or sequence.LOOPS, low=low)
 
 
 def _check_weights(op: str, weights: RSSMWeights, deter: int, stoch: int) -> None:

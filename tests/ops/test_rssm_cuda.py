@@ -5,9 +5,11 @@ Both loops, the library's products with kernels between them and the phase kerne
 
 import emulate
 import pytest
+import test_rssm_raw
 import torch
 from test_rssm import (  # noqa: F401 - the tests run once more, on the path of CUDA tensors
     CASES,
+    STATES,
     away_from_edges,
     double,
     make_inputs,
@@ -181,3 +183,39 @@ def variant(raw, monkeypatch):
     for module in (fused, rollout):
         monkeypatch.setattr(module, "available", lambda *_: True)
     return "fused"
+
+
+def test_low_sequence(raw, monkeypatch, near):
+    """As under autocast on CUDA: every product in bfloat16, results and gradients in float32."""
+    monkeypatch.setattr(fused, "raw", raw)
+    weights, inputs = make_weights(), make_inputs(T=2)
+    inputs["noise"] = None
+
+    def observe(low):
+        loops = fused.LOW_LOOPS if low else fused.LOOPS
+        return sequence.observe(weights, **inputs, unimix=0.01, loops=loops, low=low)
+
+    cotangents = [torch.randn(x.shape) for x in observe(False)]
+    leaves = [*sequence.flatten(weights), *(inputs[k] for k in STATES)]
+    grads = []
+    for low in (False, True):
+        out = observe(low)
+        assert all(x.dtype == torch.float32 for x in out)
+        loss = sum((x * c).sum() for x, c in zip(out, cotangents, strict=True))
+        grads.append(torch.autograd.grad(loss, leaves))
+    exact, rounded = (torch.cat([x.flatten() for x in g]) for g in grads)
+    near(rounded, exact, rtol=6e-2)
+    assert not torch.equal(exact, rounded)
+
+
+def test_bindings_refuse_forged_input(raw, monkeypatch):
+    monkeypatch.setattr(test_rssm_raw, "raw", raw)
+    test_rssm_raw.test_raw_ops_refuse_forged_input()
+    test_rssm_raw.test_step_refuses_forged_input()
+
+
+def test_unknown_loop(raw, monkeypatch):
+    args = scan_arguments("odd")[1]
+    monkeypatch.setenv("FASTWM_RSSM", "phases")
+    with pytest.raises(RuntimeError, match="FASTWM_RSSM: expected gemm or phase, got phases"):
+        raw.rssm_scan(*args, True, False)
