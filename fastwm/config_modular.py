@@ -67,7 +67,11 @@ class ModularConfig:
     continue_input: Literal["state", "next_state"] = key(
         "state", "whether a step ends the episode is read before or after it", fixed=True
     )
-    symlog: bool = key(False, "vector observations through symlog", fixed=True)
+    observation_scale: Literal["none", "symlog", "normalize"] = key(
+        "none",
+        "vector observations: as they are, symlog, or running mean 0, deviation 1",
+        fixed=True,
+    )
     critic_target_clip: float | None = key(None, "largest magnitude of critic targets", 0)
     critic_target_standardize: bool = key(False, "critic targets to mean 0 and deviation 1")
     critic_real_return_mix: float = key(0.0, "share of one-step targets on replayed rows", 0, 1)

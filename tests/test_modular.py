@@ -262,6 +262,13 @@ def test_running_shares_and_correlation():
     assert math.isclose(found["reward_corr"], -1.0, rel_tol=1e-5)
 
 
+def test_a_bad_batch_does_not_stay_in_the_shares():
+    agent, batch = make_agent(), make_batch()
+    agent.update(batch | {"reward": batch["reward"] * float("inf")})
+    metrics, _ = agent.update(batch)
+    assert torch.isfinite(metrics["reward_corr"]) and torch.isfinite(metrics["continue_accuracy"])
+
+
 def test_a_reward_that_never_changes_has_no_correlation():
     running = Running()
     for _ in range(50):
@@ -327,7 +334,10 @@ def test_a_changed_rate_applies_after_loading():
 
 @SPACES
 def test_the_saved_policy_acts_like_the_agent(space, tmp_path):
-    agent = make_agent(space, symlog=True, representation__name="gru", representation__options={})
+    agent = make_agent(
+        space, observation_scale="normalize", representation__name="gru", representation__options={}
+    )
+    agent.update(make_batch(space))  # which moves what observations are normalized with
     agent.save_policy(tmp_path / "policy.pt")
     policy, state, mine = fastwm.load_policy(tmp_path / "policy.pt"), None, agent.initial_state(3)
     for t in range(3):

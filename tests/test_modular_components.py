@@ -8,7 +8,7 @@ from torch.distributions import Normal
 
 from fastwm import config as cfg
 from fastwm.spaces import Space
-from fastwm.worldmodels.modular_components import COMPONENTS, prepare
+from fastwm.worldmodels.modular_components import COMPONENTS, Prepare
 from fastwm.worldmodels.modular_parts import GaussianDynamics, NormalReward, Recurrent, widths
 
 GATED = "examples.custom_component:GatedDynamics"
@@ -161,10 +161,28 @@ def test_prepare():
         "number": torch.tensor([[-3.0]]),
         "pair": torch.tensor([[[1, 2]]], dtype=torch.int32),
     }
-    found = prepare(obs, spaces, symlog=True)
+    found = Prepare(spaces, "symlog")(obs)
     assert found["image"].eq(1.0).all() and found["pair"].tolist() == [[[0, 1, 0, 0, 1]]]
     torch.testing.assert_close(found["number"], -torch.log(torch.tensor([[4.0]])))
-    assert prepare(obs, spaces, symlog=False)["number"] == -3.0
+    assert Prepare(spaces, "none")(obs)["number"] == -3.0
+
+
+def test_normalized_vectors():
+    spaces = {"x.y": Space("vector", (2,)), "n": Space("vector", ())}
+    part, random = Prepare(spaces, "normalize"), torch.Generator().manual_seed(0)
+    assert part({"x.y": torch.ones(1, 2), "n": torch.ones(1)})["n"] == 1.0  # nothing seen yet
+    scale = torch.tensor([0.01, 100.0])
+    for _ in range(50):
+        batch = {"x.y": torch.randn(8, 16, 2, generator=random) * scale + 3 * scale}
+        batch["n"] = torch.zeros(8, 16)  # a constant stays one
+        part.follow(batch)
+    found = part(batch)
+    assert (found["x.y"].mean((0, 1)).abs() < 0.3).all() and found["n"].eq(0).all()
+    torch.testing.assert_close(found["x.y"].std((0, 1)), torch.ones(2), atol=0.2, rtol=0)
+    before = {name: value.clone() for name, value in part.state_dict().items()}
+    part.follow(batch | {"n": torch.full((8, 16), float("nan"))})
+    assert all(value.equal(before[name]) for name, value in part.state_dict().items())
+    assert part({"x.y": torch.full((1, 2), 1e9), "n": torch.zeros(1)})["x.y"].eq(10.0).all()
 
 
 def test_gaussian_dynamics_keep_their_spread_in_range():

@@ -67,7 +67,7 @@ class ModularModel(nn.Module):
             obs_space,
             act_space,
             self.chosen,
-            symlog=config.symlog,
+            observation_scale=config.observation_scale,
             reward_input=config.reward_input,
             continue_input=config.continue_input,
             dynamics_detach_target=config.dynamics_detach_target,
@@ -134,7 +134,7 @@ class ModularAgent:
         }
         world = self.model.world
         self.policy = ModularPolicy(
-            obs_space, world.encoder, world.representation, self.model.policy, config.symlog
+            world.prepare, world.encoder, world.representation, self.model.policy
         )
         self.updates = self.env_steps = 0
         self.openloop: dict[str, Tensor] = {}  # as last measured
@@ -204,6 +204,7 @@ class ModularAgent:
         """
         config, world = self.config, self.model.world
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        world.prepare.follow(batch)
         step = world.steps(batch)
         counts = dict.fromkeys(GROUPS, 0)
         counts["world_model"] = config.world_model_updates_per_batch
@@ -407,7 +408,7 @@ class ModularAgent:
     def save_policy(self, path: str | Path) -> None:
         """Write what acting needs, for `fastwm.load_policy`."""
         options = {slot: list(self.model.chosen[slot]) for slot in SLOTS}
-        options |= {"kind": "modular", "symlog": self.config.symlog}
+        options |= {"kind": "modular", "observation_scale": self.config.observation_scale}
         torch.save(pack_policy(self.policy, self.obs_space, options), path)
 
     # State

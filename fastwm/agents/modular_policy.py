@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastwm.agents.policy import MODES
 from fastwm.spaces import Space
-from fastwm.worldmodels.modular_components import build, prepare
+from fastwm.worldmodels.modular_components import Prepare, build
 
 
 class ModularPolicy(nn.Module):
@@ -21,15 +21,14 @@ class ModularPolicy(nn.Module):
 
     def __init__(
         self,
-        obs_space: dict[str, Space],
+        prepare: Prepare,
         encoder: nn.Module,
         representation: nn.Module,
         actor: nn.Module,
-        symlog: bool,
     ) -> None:
         super().__init__()
-        self.obs_space, self.symlog = dict(obs_space), symlog
-        self.encoder, self.representation, self.actor = encoder, representation, actor
+        self.prepare, self.encoder = prepare, encoder
+        self.representation, self.actor = representation, actor
 
     def initial_state(self, num_envs: int) -> dict[str, Tensor]:
         like = next(self.parameters())
@@ -50,8 +49,8 @@ class ModularPolicy(nn.Module):
         """Actions (N, *shape) and the next state; `is_first` rows forget theirs."""
         if mode not in MODES:
             raise ValueError(f"act: expected mode to be one of {MODES}, got {mode!r}")
-        rows = {key: obs[key].unsqueeze(1) for key in self.obs_space}
-        features = self.encoder(prepare(rows, self.obs_space, self.symlog))
+        rows = {key: obs[key].unsqueeze(1) for key in self.prepare.spaces}
+        features = self.encoder(self.prepare(rows))
         states, carry = self.representation.encode(
             features, state["action"].unsqueeze(1), is_first.unsqueeze(1), state["carry"]
         )
@@ -86,4 +85,5 @@ def rebuild(
         act_space.encoded_size,
     )
     actor = build("policy", *options["policy"], representation.state_size, act_space)
-    return ModularPolicy(obs_space, encoder, representation, actor, options["symlog"])
+    prepare = Prepare(obs_space, options["observation_scale"])
+    return ModularPolicy(prepare, encoder, representation, actor)

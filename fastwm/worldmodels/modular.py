@@ -17,7 +17,7 @@ from fastwm.nets import one_hot_encode
 from fastwm.spaces import Space
 from fastwm.worldmodels import losses
 from fastwm.worldmodels.losses import weighted_mean
-from fastwm.worldmodels.modular_components import build, default_name, prepare
+from fastwm.worldmodels.modular_components import Prepare, build, default_name
 
 Chosen = Mapping[str, tuple[str, Mapping[str, Any]]]  # slot -> (name, options)
 
@@ -67,7 +67,7 @@ class Imagined(NamedTuple):
 class ModularWorldModel(nn.Module):
     """Encoder, representation, dynamics, reward, continue and decoder.
 
-    chosen: (name, options) of each. symlog: vector observations through symlog first.
+    chosen: (name, options) of each. observation_scale: see Prepare.
     reward_input, continue_input: whether these heads read the state that a step leaves ("state") or
     the one it leads to ("next_state"). The other arguments are settings of the same name.
     """
@@ -78,7 +78,7 @@ class ModularWorldModel(nn.Module):
         act_space: Space,
         chosen: Chosen,
         *,
-        symlog: bool = False,
+        observation_scale: str = "none",
         reward_input: str = "state",
         continue_input: str = "state",
         dynamics_detach_target: bool = False,
@@ -88,7 +88,8 @@ class ModularWorldModel(nn.Module):
         multi_step_loss_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        self.obs_space, self.act_space, self.symlog = dict(obs_space), act_space, symlog
+        self.obs_space, self.act_space = dict(obs_space), act_space
+        self.prepare = Prepare(obs_space, observation_scale)
         self.reward_input, self.continue_input = reward_input, continue_input
         self.detach = (dynamics_detach_target, multi_step_detach_target)
         self.weights = {
@@ -124,7 +125,7 @@ class ModularWorldModel(nn.Module):
 
     def observe(self, batch: Mapping[str, Tensor]) -> Seen:
         """States of a replay batch (see fastwm.replay); memory starts at zero."""
-        obs = prepare(batch, self.obs_space, self.symlog)
+        obs = self.prepare(batch)
         features = self.encoder(obs)
         carry = features.new_zeros(features.shape[0], self.representation.carry_size)
         action = self.encode_action(batch["prev_action"])

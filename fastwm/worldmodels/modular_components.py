@@ -24,7 +24,7 @@ from fastwm.worldmodels import modular_policies as policies
 
 
 class Encoder(Protocol):
-    """__init__(obs_space, **options). Called with what `prepare` returns."""
+    """__init__(obs_space, **options). Called with what `Prepare` returns."""
 
     out_features: int  # E
 
@@ -71,7 +71,7 @@ class Continue(Protocol):
 
 
 class Decoder(Protocol):
-    """__init__(obs_space, state_size, **options). Predicts what `prepare` returns."""
+    """__init__(obs_space, state_size, **options). Predicts what `Prepare` returns."""
 
     def __call__(self, state: Tensor) -> dict[str, Tensor]: ...  # (..., S) -> (..., *shape)
 
@@ -180,19 +180,58 @@ def default_name(slot: str, obs_space: dict[str, Space], act_space: Space) -> st
     return next(iter(COMPONENTS[slot]))
 
 
-def prepare(obs: Mapping[str, Tensor], spaces: dict[str, Space], symlog: bool) -> dict[str, Tensor]:
+class Prepare(nn.Module):
     """Observations as the components see them, floats with any leading dimensions.
 
     Images (..., H, W, C) in [0, 1]; discrete ones as concatenated one-hots (..., sum(classes));
-    vectors as they are, or through symlog.
+    vectors as they are ("none"), through symlog ("symlog"), or with running mean 0 and deviation 1
+    per element ("normalize").
     """
-    found = {}
-    for name, space in spaces.items():
-        x = obs[name]
-        if space.kind == "image":
-            found[name] = x.float() / 255.0
-        elif space.kind == "discrete":
-            found[name] = one_hot_encode(x, space.classes, x.dim() - len(space.shape))
-        else:
-            found[name] = ops.symlog(x.float()) if symlog else x.float()
-    return found
+
+    RATE, FLOOR, LIMIT = 1e-3, 1e-3, 10.0  # of the newest batch; smallest deviation; largest value
+
+    def __init__(self, spaces: dict[str, Space], scale: str) -> None:
+        super().__init__()
+        self.spaces, self.scale = dict(spaces), scale
+        self.normalized = {}
+        if scale == "normalize":
+            vectors = [name for name, space in spaces.items() if space.kind == "vector"]
+            self.normalized = {name: f"stats{i}" for i, name in enumerate(vectors)}
+            for name, buffer in self.normalized.items():
+                self.register_buffer(buffer, torch.zeros(2, *spaces[name].shape))
+            self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, obs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, space in self.spaces.items():
+            x = obs[name]
+            if space.kind == "image":
+                found[name] = x.float() / 255.0
+            elif space.kind == "discrete":
+                found[name] = one_hot_encode(x, space.classes, x.dim() - len(space.shape))
+            elif name in self.normalized:
+                mean, square = getattr(self, self.normalized[name])
+                std = (square - mean.square()).clamp(min=self.FLOOR**2).sqrt()
+                seen = torch.where(self.batches > 0, (x.float() - mean) / std, x.float())
+                found[name] = seen.clamp(-self.LIMIT, self.LIMIT)
+            else:
+                found[name] = ops.symlog(x.float()) if self.scale == "symlog" else x.float()
+        return found
+
+    @torch.no_grad()
+    def follow(self, obs: Mapping[str, Tensor]) -> None:
+        """Note a batch (B, T, ...): the mean of all at first, of about 1 / RATE batches later.
+
+        A batch that is not finite is passed over.
+        """
+        if not self.normalized:
+            return
+        new = {}
+        for name, buffer in self.normalized.items():
+            x = obs[name].float().flatten(0, 1)
+            new[buffer] = torch.stack([x.mean(0), x.square().mean(0)])
+        good = torch.stack([torch.isfinite(x).all() for x in new.values()]).all()
+        rate = torch.where(good, (1.0 / (self.batches + 1.0)).clamp(min=self.RATE), 0.0)
+        for buffer, sums in new.items():
+            getattr(self, buffer).lerp_(torch.where(good, sums, 0.0), rate)
+        self.batches.add_(good.float())

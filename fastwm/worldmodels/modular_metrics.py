@@ -36,7 +36,9 @@ class Running(nn.Module):
         cells = [ends * (1 - called), ends * called, stays * (1 - called), stays * called]
         pairs = [w, w * reward, w * true, w * reward**2, w * true**2, w * reward * true]
         for sums, new in ((self.confusion, cells), (self.moments, pairs)):
-            sums.mul_(self.decay).add_(torch.stack([x.sum() for x in new]))
+            found = torch.stack([x.sum() for x in new])
+            good = torch.isfinite(found).all()  # a bad batch would stay for ever
+            sums.copy_(torch.where(good, sums * self.decay + found, sums))
 
     def read(self) -> dict[str, Tensor]:
         """Shares and correlation; not a number where nothing was seen yet that they speak of."""

@@ -1,7 +1,7 @@
 """The components that come with the modular recipe.
 
 What each slot must offer stands in `modular_components`. All work on any leading dimensions (...),
-usually (B, T); observations arrive as floats (see `prepare` there).
+usually (B, T); observations arrive as floats (see `Prepare` there).
 """
 
 from __future__ import annotations
