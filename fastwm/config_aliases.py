@@ -40,6 +40,11 @@ def _episodes(value: Any) -> dict[str, Any]:
     return {"eval.episodes": value} if float(value) else {"eval.every": 0}
 
 
+def _classes(value: Any) -> dict[str, Any]:
+    """0 classes mean normal latents."""
+    return {"rssm.classes": value} if float(value) else {"rssm.latent": "normal"}
+
+
 def _yes(value: Any) -> bool:
     return {"true": True, "false": False}[str(value).lower()]
 
@@ -69,6 +74,7 @@ def _prefixed(prefix: str, group: str, names: str, **renamed: str) -> dict[str, 
 
 DISCOUNT = Convert(_horizon, "discount_horizon", "a discount between 0 and 1")
 EPISODES = Convert(_episodes, "eval.episodes", "a number of episodes")
+CLASSES = Convert(_classes, "rssm.latent", "a number of classes")
 VIDEOS = Convert(_videos, "log.video_every", "true or false")
 AMP = Convert(_amp, "precision", "true or false")
 PLATFORM = Convert(_platform, "device", "one of 'cpu', 'cuda', 'gpu'")
@@ -89,6 +95,8 @@ COMMON: dict[str, Alias] = {
     "size": "env.size",
     "grayscale": "env.options.gray",
     "dataset_size": "replay.capacity",
+    "prefill": "replay.prefill",
+    "pretrain": "replay.pretrain",
     "num_envs": "envs",
     "total_steps": "steps",
     "logging.amp": AMP,
@@ -177,8 +185,41 @@ _DREAMER: dict[str, Alias] = {
     **_prefixed("agent.retnorm", "retnorm", "rate limit", perclo="low", perchi="high"),
 }
 
+_ONE_OPTIMIZER = ("learning_rate", "model_lr", "opt_eps", "weight_decay")
+_DREAMER_2023: dict[str, Alias] = {
+    **{
+        name: alias
+        for name, alias in _DREAMER.items()
+        if not name.startswith("agent.") and name not in _ONE_OPTIMIZER
+    },
+    "learning_rate": "optim.model.lr",
+    "model_lr": "optim.model.lr",
+    "actor_lr": "optim.actor.lr",
+    "value_lr": "optim.critic.lr",
+    "opt_eps": "optim.model.eps",
+    "ac_opt_eps": ("optim.actor.eps", "optim.critic.eps"),
+    "grad_clip": "optim.model.clip",
+    "training.model_grad_clip": "optim.model.clip",
+    "actor_grad_clip": "optim.actor.clip",
+    "value_grad_clip": "optim.critic.clip",
+    "weight_decay": (
+        "optim.model.weight_decay",
+        "optim.actor.weight_decay",
+        "optim.critic.weight_decay",
+    ),
+    "imag_gradient": "actor.grad",
+    "imag_gradient_mix": "actor.mix",
+    "initial": "rssm.initial",
+    "dyn_discrete": CLASSES,
+    "dyn_mean_act": "rssm.mean",
+    "dyn_std_act": "rssm.std",
+    "dyn_min_std": "rssm.min_std",
+    "decoder.cnn_sigmoid": "decoder.sigmoid",
+}
+
 ALIASES: dict[str, dict[str, Alias]] = {
     "dreamerv3": COMMON | _DREAMER,
+    "dreamerv3_2023": COMMON | _DREAMER_2023,
     "random": COMMON | _DREAMER,
 }  # an algorithm that is not named here has COMMON
 
@@ -194,6 +235,7 @@ REFUSED: dict[str, str] = {
     "value_lr": "one optimizer trains all parts: --optim.lr",
     "actor_lr": "one optimizer trains all parts: --optim.lr",
     "grad_clip": "--optim.agc bounds each gradient relative to its parameter's norm",
+    "imag_gradient": "reinforce trains the policy; dreamerv3_2023 has others",
     "compile": "nothing is compiled at run time",
     "run.duration": "give --steps, or stop the run with Ctrl-C: it goes on where it stopped",
     "model.rssm.kl_beta": "give --loss.dyn and --loss.rep, the weights of its two halves",
@@ -201,6 +243,10 @@ REFUSED: dict[str, str] = {
     "run.debug": "environments never step in the main process here; leave it out",
     "parallel": "envpool steps in parallel by itself; --env.options.parallel true gives every "
     "gymnasium environment its own process",
+    **dict.fromkeys(
+        ("encoder.mlp_keys", "encoder.cnn_keys", "decoder.mlp_keys", "decoder.cnn_keys"),
+        "all observations are read; leave some out with --env.options.ignore '[\"name\"]'",
+    ),
     "debug": "it is a preset: --configs debug",
 }
 

@@ -4,7 +4,7 @@ import pytest
 
 from fastwm import config as cfg
 from fastwm import config_aliases
-from fastwm.config_aliases import COMMON, REFUSED, Convert
+from fastwm.config_aliases import COMMON, Convert
 
 
 def load(*argv: str):
@@ -24,7 +24,6 @@ def test_every_alias_of_an_algorithm_leads_somewhere(algorithm):
     own = {n: a for n, a in config_aliases.table(algorithm).items() if n not in COMMON}
     assert set(config_aliases.names(algorithm, schema)) >= set(own)
     assert not set(config_aliases.table(algorithm)) & set(schema)
-    assert not set(REFUSED) & set(schema)
 
 
 def test_every_common_alias_leads_somewhere_for_dreamer():
@@ -65,6 +64,17 @@ def test_every_common_alias_leads_somewhere_for_dreamer():
 )
 def test_an_alias_is_its_key(argv, same):
     assert load(*argv) == load(*same)
+
+
+def test_the_algorithm_of_2023_has_an_optimizer_for_each_part():
+    argv = "--model_lr 1 --actor_lr 2 --value_lr 3 --grad_clip 4 --dyn_discrete 0".split()
+    config = cfg.load(["dreamerv3_2023", *argv])[0]
+    rates = (config.optim.model.lr, config.optim.actor.lr, config.optim.critic.lr)
+    assert rates == (1, 2, 3) and config.optim.model.clip == 4
+    assert config.rssm.latent == "normal"
+    assert cfg.load(["dreamerv3_2023", "--dyn_discrete", "8"])[0].rssm.classes == 8
+    assert "--optim.lr" in message("--value_lr", "1")
+    assert cfg.load(["modular", "--actor_lr", "2"])[0].actor_lr == 2
 
 
 def test_the_origin_names_the_flag_that_was_typed():

@@ -35,7 +35,10 @@ def test_commands_are_understood(page, command, capsys):
             config.load(argv)
         assert stop.value.code == 0 and "no setting contains" not in capsys.readouterr().out
         return
-    task = config.load(argv)[0].task
+    found = config.load(argv)[0]
+    task = found.task
+    if task == "offline" and found.offline_traindir:  # no environment
+        return
     assert task in envs.task_names() or callable(resolve(task))
 
 
