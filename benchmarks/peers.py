@@ -1,0 +1,287 @@
+"""One DreamerV3 update beside its peers, interleaved: every program in a process of its own.
+
+    python benchmarks/peers.py size1m vector \
+        --peer jax=CHECKOUT[:PYTHON] --peer r2dreamer=CHECKOUT[:PYTHON]
+
+Peers are checkouts that you name, run by the Python that you name (default: this one):
+    jax         danijar/dreamerv3, `Agent.train`
+    r2dreamer   NM512/r2dreamer, `Dreamer.update` with rep_loss=dreamer
+Always there: fastwm; its plain PyTorch form ("plain"); with --compile that form under
+torch.compile ("plain-compiled").
+
+Same batch (B, T), horizon, sizes, inputs and precision; parameters are printed, so that a model of
+another size shows. All of them train the same losses: reconstruction, reward, continuation, two
+KLs, and actor and critic in imagination and on replay. fastwm's time includes the replay, sampling
+and writing latents back; the peers' does not. A round takes one update of everyone in turn; while
+one computes the others wait for their line. Warm-up and compilation are excluded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+VECTOR, IMAGE, ACTIONS = 24, (64, 64, 3), 6
+BATCH, LENGTH = 16, 64
+SIZES = {  # deter, hidden = units, classes, depth
+    "size1m": (512, 64, 4, 4),
+    "size12m": (2048, 256, 16, 16),
+    "size25m": (3072, 384, 24, 24),
+    "size50m": (4096, 512, 32, 32),
+}
+
+# ---- one program: returns its number of parameters and a function that does one update
+
+
+def own(args):
+    """fastwm, whole: replay in and out."""
+    import bench_train
+    import torch
+
+    from fastwm import ops
+
+    obs_space = bench_train.VECTOR if args.kind == "vector" else bench_train.IMAGE
+    agent = bench_train.make_agent(args.size, obs_space, args.device)
+    if args.precision != "fp32":
+        raise SystemExit("peers: expected --precision fp32 for fastwm on this path")
+    replay = bench_train.make_replay(agent, 2048)
+    backend = "fused" if args.worker == "fastwm" else "reference"
+    if args.worker == "plain-compiled":
+        agent.losses = torch.compile(agent.losses)
+
+    def update():
+        with ops.use_backend(backend):
+            bench_train.whole_update(agent, replay)
+
+    return agent.parameter_counts()["total"], update
+
+
+def jax_reference(args):
+    """danijar/dreamerv3: the jitted train function, until its parameters are there."""
+    import elements
+    import jax
+    import numpy as np
+    from dreamerv3.agent import Agent
+    from ruamel import yaml
+
+    text = (Path(args.checkout) / "dreamerv3/configs.yaml").read_text()
+    presets = yaml.YAML(typ="safe").load(text)
+    config = elements.Config(presets["defaults"]).update(presets[args.size])
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[args.precision]
+    jax_options = {"platform": args.device, "compute_dtype": dtype, "prealloc": False}
+    jax_options |= {"profiler": False, "enable_policy": False}
+    jax_options = elements.Config({**config.jax, **jax_options})
+    space = elements.Space
+    flags = {key: space(bool) for key in ("is_first", "is_last", "is_terminal")}
+    seen = space(np.float32, (VECTOR,)) if args.kind == "vector" else space(np.uint8, IMAGE)
+    obs_space = {"observation": seen, "reward": space(np.float32), **flags}
+    act_space = {"action": space(np.int32, (), 0, ACTIONS)}
+    options = {"batch_size": BATCH, "batch_length": LENGTH, "report_length": 8, "seed": 0}
+    options |= {"jax": jax_options, "logdir": tempfile.mkdtemp(), "replay_context": 1}
+    options |= {"replica": 0, "replicas": 1, "batch_devices": 1}
+    agent = Agent(obs_space, act_space, elements.Config(**{**config.agent, **options}))
+    source = np.random.default_rng(0)
+
+    def array(name, kind):
+        shape = (BATCH, LENGTH + 1, *kind.shape)
+        if np.issubdtype(kind.dtype, np.floating):
+            return source.normal(size=shape).astype(kind.dtype)
+        high = {"action": ACTIONS, "consec": 1}.get(name, 2 if kind.dtype == bool else 256)
+        return source.integers(0, high, shape).astype(kind.dtype)
+
+    def batches():
+        while True:
+            data = {name: array(name, kind) for name, kind in agent.spaces.items()}
+            for name in flags:
+                data[name] = source.random((BATCH, LENGTH + 1)) < 0.02
+            yield data
+
+    stream, carry = iter(agent.stream(batches())), agent.init_train(BATCH)
+
+    def update():
+        nonlocal carry
+        carry, _, _ = agent.train(carry, next(stream))
+        jax.block_until_ready(agent.params)
+
+    trained = [v for k, v in agent.params.items() if not k.startswith(("opt/", "slowval/"))]
+    return sum(v.size for v in trained), update
+
+
+def r2dreamer(args):
+    """NM512/r2dreamer: `Dreamer.update` on a batch that is in memory already."""
+    import dreamer
+    import gymnasium
+    import hydra
+    import numpy as np
+    import torch
+    from tensordict import TensorDict
+
+    deter, units, classes, depth = SIZES[args.size]
+    changes = ["model.rep_loss=dreamer", f"device={args.device}", f"model.compile={args.compile}"]
+    sizes = {"deter": deter, "hidden": units, "units": units, "discrete": classes, "depth": depth}
+    changes += [f"model.{key}={value}" for key, value in sizes.items()]
+    changes += ["env=dmc_proprio" if args.kind == "vector" else "env=dmc_vision"]
+    with hydra.initialize_config_dir(str(Path(args.checkout) / "configs"), version_base=None):
+        config = hydra.compose("configs", changes)
+    if args.precision == "fp32":
+        dreamer.autocast = lambda **_: nullcontext()
+    box = gymnasium.spaces.Box
+    seen = box(-9, 9, (VECTOR,)) if args.kind == "vector" else box(0, 255, IMAGE, np.uint8)
+    key = "observation" if args.kind == "vector" else "image"
+    actions = SimpleNamespace(n=ACTIONS, discrete=True)
+    spaces = gymnasium.spaces.Dict({key: seen})
+    agent = dreamer.Dreamer(config.model, spaces, actions).to(args.device)
+
+    class Memory:
+        def sample(self):
+            shape = (BATCH, LENGTH)
+            image = torch.randint(0, 256, (*shape, *IMAGE), dtype=torch.uint8)
+            data = {key: torch.randn(*shape, VECTOR) if args.kind == "vector" else image}
+            data["action"] = torch.nn.functional.one_hot(torch.randint(0, ACTIONS, shape), ACTIONS)
+            data["action"] = data["action"].float()
+            data["reward"] = torch.randn(*shape, 1)
+            for name in ("is_first", "is_last", "is_terminal"):
+                data[name] = torch.rand(*shape, 1) < 0.02
+            stoch = torch.nn.functional.one_hot(torch.randint(0, classes, (BATCH, 32)), classes)
+            initial = (stoch.float().to(args.device), torch.zeros(BATCH, deter, device=args.device))
+            data = TensorDict(data, batch_size=shape).to(args.device)
+            return data, [], initial
+
+        def update(self, index, stoch, deter):
+            pass
+
+    memory = Memory()
+    batch = memory.sample()
+    memory.sample = lambda: (batch[0].clone(), *batch[1:])
+
+    def update():
+        agent.update(memory)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+
+    return sum(p.numel() for p in agent._named_params.values()), update
+
+
+PROGRAMS = {
+    "fastwm": own,
+    "plain": own,
+    "plain-compiled": own,
+    "jax": jax_reference,
+    "r2dreamer": r2dreamer,
+}
+
+# ---- the process of one program, and the one that asks them in turn
+
+
+def work(args) -> None:
+    """Answer each line on stdin with the milliseconds of one update."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what programs print goes to stderr
+    if args.checkout:
+        sys.path.insert(0, args.checkout)
+    parameters, update = PROGRAMS[args.worker](args)
+    for _ in range(3):
+        update()
+    print(json.dumps({"parameters": parameters}), file=answers, flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        update()
+        print(1e3 * (time.perf_counter() - start), file=answers, flush=True)
+
+
+class Program:
+    """A process that waits for its turn."""
+
+    def __init__(self, name: str, where: str, args) -> None:
+        checkout, _, python = where.partition(":")
+        command = [python or sys.executable, __file__, args.size, args.kind, "--worker", name]
+        command += ["--checkout", str(Path(checkout).resolve())] if checkout else []
+        command += ["--device", args.device, "--precision", args.precision]
+        command += ["--compile"] if args.compile else []
+        self.name, self.samples = name, []
+        self.log = tempfile.TemporaryFile("w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
+        self.process = subprocess.Popen(command, text=True, **pipes)
+        self.parameters = json.loads(self.answer())["parameters"]
+
+    def answer(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            tail = "".join(self.log.readlines()[-15:])
+            raise SystemExit(f"peers: {self.name} stopped without an answer:\n{tail}")
+        return line
+
+    def update(self) -> None:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.samples.append(float(self.answer()))
+
+    def row(self) -> dict:
+        low, middle, high = statistics.quantiles(self.samples, n=4)
+        return {"name": self.name, "parameters": self.parameters, "ms": middle, "iqr": high - low}
+
+
+def compare(args) -> list[dict]:
+    wanted = [("fastwm", ""), ("plain", "")]
+    wanted += [("plain-compiled", "")] if args.compile else []
+    for peer in args.peer:
+        name, _, where = peer.partition("=")
+        if name not in PROGRAMS or not where:
+            raise SystemExit(
+                f"peers: expected NAME=CHECKOUT with NAME jax or r2dreamer, got {peer}"
+            )
+        wanted.append((name, where))
+    programs = [Program(name, where, args) for name, where in wanted]
+    for _ in range(args.rounds):
+        for program in programs:
+            program.update()
+    rows = [program.row() for program in programs]
+    for program in programs:
+        program.process.kill()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("benchmarks/peers.py", description=__doc__.split("\n")[0])
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("kind", choices=("vector", "image"))
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=CHECKOUT[:PYTHON]")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="peers and plain PyTorch compiled")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--checkout", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args)
+        return
+    rows = compare(args)
+    title = f"{args.size}, {args.kind}, B{BATCH} T{LENGTH}, {args.precision}, {args.device}"
+    print(f"{title}; ms per update, median (IQR) of {args.rounds}")
+    for row in rows:
+        shown = f"{row['name']:16}{row['parameters']:>14,}{row['ms']:10.1f} ({row['iqr']:.1f})"
+        print(f"{shown}{row['ms'] / rows[0]['ms']:8.2f}x")
+    if args.json:
+        result = {"workload": vars(args) | {"json": None}, "rows": rows, "host": machine()}
+        args.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
+
+
+def machine() -> str:
+    model = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    return f"{model[0].split(':')[1].strip()}, {os.cpu_count()} cores" if model else "unknown"
+
+
+if __name__ == "__main__":
+    main()
