@@ -72,7 +72,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
   // `low`: the products in bfloat16, on CUDA only
   m.def("rssm_pack(Tensor[] weights, int hidden, int groups, bool low) -> Tensor");
   m.def("rssm_step_(Tensor packed, Tensor[] weights, int hidden, Tensor(a!) deters, "
-        "Tensor(b!) stochs, Tensor action, Tensor? noise, int t, float unimix) -> ()");
+        "Tensor(b!) stochs, Tensor action, Tensor? tokens, Tensor? noise, int t, float unimix) "
+        "-> ()");
   m.def("gru_gates(Tensor gates, Tensor bias, Tensor deter, int blocks) -> Tensor");
   m.def("rssm_scan(Tensor[] weights, int hidden, Tensor deter, Tensor stoch, Tensor action_part, "
         "Tensor token_part, Tensor is_first, Tensor? noise, float unimix, bool save, bool low) "

@@ -74,9 +74,10 @@ Tensor rssm_pack_cpu(Tensors weights, int64_t hidden, int64_t groups, bool low) 
 
 // Writes state t + 1 of deters (N, I+1, D) and stochs (N, I+1, S, K) from state t.
 void rssm_step_cpu(Tensor packed, Tensors weights, int64_t hidden, Tensor deters, Tensor stochs,
-                   Tensor action, std::optional<Tensor> noise, int64_t t, double unimix) {
+                   Tensor action, std::optional<Tensor> tokens, std::optional<Tensor> noise,
+                   int64_t t, double unimix) {
   Inputs in{"rssm_step_", packed, {}};
-  RssmScan a = step_args(in, weights, hidden, deters, stochs, action, noise, t, unimix);
+  RssmScan a = step_args(in, weights, hidden, deters, stochs, action, tokens, noise, t, unimix);
   const RssmSizes& n = a.size;
   in.take("packed", packed, "(floats)", {rssm_packed_floats(n)});
   a.packed = const_cast<float*>(ptr(in.kept.back()));  // read only

@@ -94,11 +94,14 @@ Tensor rssm_pack_cuda(Tensors weights, int64_t hidden, int64_t groups, bool low)
 
 // Writes state t + 1 of deters (N, I+1, D) and stochs (N, I+1, S, K) from state t.
 void rssm_step_cuda(Tensor packed, Tensors weights, int64_t hidden, Tensor deters, Tensor stochs,
-                    Tensor action, std::optional<Tensor> noise, int64_t t, double unimix) {
+                    Tensor action, std::optional<Tensor> tokens, std::optional<Tensor> noise,
+                    int64_t t, double unimix) {
   constexpr const char* op = "rssm_step_";
+  STD_TORCH_CHECK(!tokens, op, ": expected no tokens on CUDA, where rssm_scan of T = 1 takes them");
   const OnDeviceOf device(packed);
   Inputs in{op, packed, {}};
-  const RssmScan a = step_args(in, weights, hidden, deters, stochs, action, noise, t, unimix);
+  const RssmScan a = step_args(in, weights, hidden, deters, stochs, action, tokens, noise, t,
+                               unimix);
   const bool low = packed.scalar_type() == ScalarType::BFloat16;
   check_shape(op, "packed", packed, "(numbers)", {PackedStep(a.size).total});
   if (!low) check_dtype(op, "packed", packed, ScalarType::Float);

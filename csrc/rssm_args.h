@@ -189,7 +189,7 @@ inline Tensors scan_backward_args(RssmScanGrad& a, Inputs& in, const Tensors& we
   return out;
 }
 
-// Weights of a rollout in the same order, with the prior's layers as the posterior's.
+// Weights of a single step in the same order; of a rollout with the prior's layers as the posterior's.
 inline RssmScan rollout_args(Inputs& in, const Tensors& weights, int64_t hidden, int64_t groups) {
   RssmScan a{};
   STD_TORCH_CHECK(weights.size() > 6, in.op, ": expected weights, got ", weights.size(),
@@ -203,8 +203,6 @@ inline RssmScan rollout_args(Inputs& in, const Tensors& weights, int64_t hidden,
   a.size.actions = weights[6].size(1);
   STD_TORCH_CHECK(a.size.actions >= 1, in.op, ": expected A >= 1, got 0");
   a.weights = read_weights(in, weights, hidden, a.size);
-  STD_TORCH_CHECK(a.size.embed == 0, in.op, ": expected a prior of width D, got ", a.size.embed,
-                  " more");
   return a;
 }
 
@@ -225,9 +223,10 @@ inline RssmView slice(const char* op, const char* name, Tensor& all, const Tenso
 }
 
 // One step of a rollout, from state t to state t + 1 of deters (N, I+1, D), stochs (N, I+1, S, K).
+// `tokens`: what the posterior's first layer makes of them, its bias inside.
 inline RssmScan step_args(Inputs& in, const Tensors& weights, int64_t hidden, Tensor& deters,
-                          Tensor& stochs, const Tensor& action, const std::optional<Tensor>& noise,
-                          int64_t t, double unimix) {
+                          Tensor& stochs, const Tensor& action, const std::optional<Tensor>& tokens,
+                          const std::optional<Tensor>& noise, int64_t t, double unimix) {
   const char* op = in.op;
   check_shape(op, "stochs", stochs, "(N, I+1, S, K)", {-1, -1, -1, -1});
   RssmScan a = rollout_args(in, weights, hidden, stochs.size(2));
@@ -239,6 +238,9 @@ inline RssmScan step_args(Inputs& in, const Tensors& weights, int64_t hidden, Te
                   stochs.size(3));
   check_shape(op, "deters", deters, "(N, I+1, D)", {n.batch, steps, n.deter});
   a.action = in.take("action", action, "(N, A)", {n.batch, n.actions});
+  if (tokens) a.token_part = in.take("tokens", *tokens, "(N, U)", {n.batch, n.units});
+  STD_TORCH_CHECK(tokens || n.embed == 0, op, ": expected the tokens' part of the posterior's first "
+                  "layer, or a prior of width D, got neither: ", n.embed, " columns more");
   if (noise) a.noise = in.take("noise", *noise, "(N, S)", {n.batch, n.groups});
   a.unimix = (float)unimix;
   const RssmView deter = slice(op, "deters", deters, in.like, n.batch, steps, n.deter, t);

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastwm import ops
 from fastwm.nets import BlockLinear, BlockNormLinear, Linear, NormLinear
+from fastwm.ops.rssm import packed_posterior
 
 
 def stack(in_features: int, units: int, layers: int) -> nn.ModuleList:
@@ -54,6 +55,7 @@ class RSSM(nn.Module):
         self.post_logit = Linear(hidden, self.latent_size)
         self.prior = stack(deter, hidden, imglayers)
         self.prior_logit = Linear(hidden, self.latent_size)
+        self._packed, self._packed_from = None, None
 
     def weights(self) -> ops.RSSMWeights:
         """The parameters as the ops take them."""
@@ -90,6 +92,29 @@ class RSSM(nn.Module):
         return ops.rssm_observe(
             self.weights(), deter, stoch, tokens.float(), prev_action, is_first, noise, self.unimix
         )
+
+    @torch.no_grad()
+    def step(
+        self,
+        deter: Tensor,  # (N, D)
+        stoch: Tensor,  # (N, S, K)
+        tokens: Tensor,  # (N, E)
+        prev_action: Tensor,  # (N, A)
+        is_first: Tensor,  # (N,) bool
+        noise: Tensor | None,  # (N, S) uniform, None for the mode
+    ) -> tuple[Tensor, Tensor]:  # (N, D), (N, S, K)
+        """One step of `observe` without gradient, on packed weights where there is a kernel."""
+        params = list(self.parameters())
+        now = [ops.available(params[0]), params[0].data_ptr(), *(p._version for p in params)]
+        if now != self._packed_from:  # a weight has changed
+            self._packed = packed_posterior(self.weights(), self.stoch)
+            self._packed_from = now
+        if self._packed is not None and not torch.is_autocast_enabled(deter.device.type):
+            args = (tokens.float(), prev_action, is_first, noise, self.unimix)
+            return self._packed.step(deter, stoch, *args)
+        rows = (x if x is None else x.unsqueeze(1) for x in (tokens, prev_action, is_first, noise))
+        deter, _, stoch = self.observe(deter, stoch, *rows)
+        return deter.squeeze(1), stoch.squeeze(1)
 
     def prior_logits(self, deter: Tensor) -> Tensor:  # (..., D) -> (..., S, K)
         return ops.rssm_prior(self.weights(), deter, self.stoch)

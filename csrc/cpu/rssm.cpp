@@ -303,6 +303,7 @@ FWM_INLINE RssmScan rows_of(const RssmScan& a, int64_t first, int64_t rows, floa
   part.deter += first * a.deter_row;
   part.stoch += first * a.stoch_row;
   part.action += first * a.size.actions;
+  if (a.token_part != nullptr) part.token_part += first * a.size.units;
   if (a.noise != nullptr) part.noise += first * a.size.groups;
   part.out_deter.data += first * a.out_deter.row;
   part.one_hot.data += first * a.one_hot.row;

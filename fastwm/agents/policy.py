@@ -52,16 +52,10 @@ class RecurrentPolicy(nn.Module):
             raise ValueError(f"act: expected mode to be one of {MODES}, got {mode!r}")
         tokens = self.encoder({key: value.unsqueeze(1) for key, value in obs.items()})
         count = is_first.shape[0]
-        noise = torch.rand(count, 1, self.rssm.stoch, generator=generator, device=generator.device)
-        deter, _, stoch = self.rssm.observe(
-            state["deter"],
-            state["stoch"],
-            tokens,
-            state["action"].unsqueeze(1),
-            is_first.unsqueeze(1),
-            noise,
+        noise = torch.rand(count, self.rssm.stoch, generator=generator, device=generator.device)
+        deter, stoch = self.rssm.step(
+            state["deter"], state["stoch"], tokens.squeeze(1), state["action"], is_first, noise
         )
-        deter, stoch = deter.squeeze(1), stoch.squeeze(1)
         if mode == "random":
             action = self.actor.random(count, generator)
         else:

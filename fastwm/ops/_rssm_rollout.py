@@ -127,6 +127,39 @@ def observe_one(weights, deter, stoch, tokens, prev_action, is_first, noise, uni
     return deter.unsqueeze(1), logits.unsqueeze(1), stoch.unsqueeze(1)
 
 
+class PackedPosterior:
+    """Posterior steps without gradient, many of them with the same weights: acting.
+
+    The compiled step on the CPU, on weights that were packed once. None of it sees later changes of
+    the weights: make a new one.
+    """
+
+    def __init__(self, weights, groups: int):
+        self.weights, self.hidden = [x.detach() for x in flatten(weights)], len(weights.hidden)
+        self.packed = raw.rssm_pack(self.weights, self.hidden, groups, False)
+        self.groups = groups
+        weight, self.bias, _ = weights.post[0]
+        self.from_tokens = weight.detach()[:, weights.deter_in[0].shape[1] :].t()
+
+    def step(self, deter, stoch, tokens, prev_action, is_first, noise, unimix):
+        """As `rssm_observe` without its time axis: deter (N, D), stoch (N, S, K)."""
+        count, first = len(deter), is_first[:, None]
+        deters, stochs = (x.new_empty(count, 2, *x.shape[1:]) for x in (deter, stoch))
+        deters[:, 0] = deter.masked_fill(first, 0.0)
+        stochs[:, 0] = stoch.masked_fill(first[:, :, None], 0.0)
+        tokens = torch.addmm(self.bias.detach(), tokens, self.from_tokens)
+        raw.rssm_step_(self.packed, self.weights, self.hidden, deters, stochs,
+                       prev_action.masked_fill(first, 0.0), tokens, noise, 0, unimix)  # fmt: skip
+        return deters[:, 1], stochs[:, 1]
+
+
+def packed_posterior(weights, groups: int) -> PackedPosterior | None:
+    """None where the compiled step does not run; then `rssm_observe` with T = 1 is the step."""
+    like = weights.deter_in[0]
+    fits = available(like, "rssm_step_") and like.dtype == torch.float32 and not like.is_cuda
+    return PackedPosterior(weights, groups) if fits and _product_dtype(like) is None else None
+
+
 class LibraryRollout:
     """Steps through trajectories (N, I+1, …) with the library's products."""
 
@@ -155,7 +188,7 @@ class FusedRollout:
 
     def step(self, t: int, action: Tensor, noise: Tensor | None) -> None:
         raw.rssm_step_(self.packed, self.weights, self.hidden, self.deters, self.stochs, action,
-                       noise, t, self.unimix)  # fmt: skip
+                       None, noise, t, self.unimix)  # fmt: skip
 
 
 def _rollout(weights, *args):
@@ -206,7 +239,7 @@ def _(weights, hidden, groups, low):
 
 
 @register_fake("rssm_step_")
-def _(packed, weights, hidden, deters, stochs, action, noise, t, unimix):
+def _(packed, weights, hidden, deters, stochs, action, tokens, noise, t, unimix):
     return None
 
 

@@ -27,6 +27,7 @@ from fastwm.ops import _rssm_fused as fused
 from fastwm.ops import _rssm_rollout as rollout
 from fastwm.ops import _rssm_sequence as sequence
 from fastwm.ops._check import check_dim, check_dtype, check_same_device, check_shape
+from fastwm.ops._rssm_rollout import packed_posterior  # noqa: F401  (for fastwm.rssm)
 from fastwm.ops.latent import latent_sample_ref, straight_through_ref
 from fastwm.ops.norm import rms_silu
 

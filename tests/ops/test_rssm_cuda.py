@@ -156,7 +156,7 @@ def test_low_rollout(raw, near):
         packed = raw.rssm_pack(flat, 1, 5, narrow)
         assert packed.dtype == (torch.bfloat16 if narrow else torch.float32)
         raw.rssm_step_(packed, flat, 1, deters, stochs, inputs["prev_action"].detach()[:, 0],
-                       inputs["noise"][:, 0], 0, 0.01)  # fmt: skip
+                       None, inputs["noise"][:, 0], 0, 0.01)  # fmt: skip
         assert torch.equal(stochs.sum(-1), torch.ones(19, 2, 5))
         results.append((deters, stochs))
     near(results[1][0], results[0][0], rtol=2e-2)

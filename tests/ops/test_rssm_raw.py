@@ -48,7 +48,8 @@ def step_arguments(count=5):
     deters, stochs = torch.zeros(count, 2, 12), torch.zeros(count, 2, 3, 5)
     action, noise = torch.randn(count, 2), torch.rand(count, 3)
     assert inputs["stoch"].shape[1:] == stochs.shape[2:]
-    return [raw.rssm_pack(flat, 1, 3, False), flat, 1, deters, stochs, action, noise, 0, 0.01]
+    packed = raw.rssm_pack(flat, 1, 3, False)
+    return [packed, flat, 1, deters, stochs, action, None, noise, 0, 0.01]
 
 
 @fused_only
@@ -63,7 +64,8 @@ def test_step_refuses_forged_input():
     args = step_arguments()
     places = [(0, lambda x: x[1:]), (3, lambda x: x[1:]), (3, lambda x: x.double()),
               (3, lambda x: x[:, ::2]), (4, lambda x: x[..., 1:]), (4, lambda x: x[:, :1]),
-              (5, lambda x: x[:, 1:]), (6, lambda x: x[1:]), (7, lambda x: 1), (7, lambda x: -1),
+              (5, lambda x: x[:, 1:]), (7, lambda x: x[1:]), (8, lambda x: 1), (8, lambda x: -1),
+              (6, lambda x: torch.zeros(1, 1)), (6, lambda x: torch.zeros(5, 8).double()),
               (2, lambda x: 0), (1, lambda x: x[:5])]  # fmt: skip
     for place, forge in places:
         forged = list(args)
@@ -73,6 +75,15 @@ def test_step_refuses_forged_input():
     for hidden, groups in ((0, 3), (1, 0), (1, 4), (2, 3)):
         with pytest.raises(RuntimeError, match="expected"):
             raw.rssm_pack(args[1], hidden, groups, False)
+
+
+@fused_only
+def test_step_of_a_posterior_needs_its_tokens():
+    weights, args = make_weights(), step_arguments()
+    flat = [x.detach() for x in sequence.flatten(weights)]
+    args[:3] = raw.rssm_pack(flat, len(weights.hidden), 3, False), flat, len(weights.hidden)
+    with pytest.raises(RuntimeError, match="tokens' part"):
+        raw.rssm_step_(*args)
 
 
 @fused_only
