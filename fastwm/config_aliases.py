@@ -98,6 +98,7 @@ COMMON: dict[str, Alias] = {
     "prefill": "replay.prefill",
     "pretrain": "replay.pretrain",
     "num_envs": "envs",
+    "profile": "log.profile",
     "total_steps": "steps",
     "logging.amp": AMP,
     "amp": AMP,

@@ -65,6 +65,7 @@ class Log:
     every_s: float = key(0.5, "seconds between refreshes of the progress bar; 0: no bar", 0)
     tensorboard: bool = key(True, "write TensorBoard events")
     video_every: int = key(10_000, "env_steps between open-loop videos, image tasks; 0: none", 0)
+    profile: int = key(0, "updates to trace, for RUN/profile/trace.json; 0: none", 0)
     histogram_every: int = key(
         0, "env_steps between TensorBoard histograms of all weights and gradients; 0: none", 0
     )

@@ -18,6 +18,7 @@ from fastwm.agents.video import strip
 from fastwm.loops import clock, resume
 from fastwm.loops.evaluate import evaluate, seed_of, summarize
 from fastwm.loops.finite import FiniteWatch, NonFiniteError
+from fastwm.loops.profile import Trace, gpu_busy
 from fastwm.loops.record import Recorder, videos
 from fastwm.loops.signals import stop_signals
 from fastwm.loops.transfer import Transfer
@@ -48,6 +49,8 @@ def train(run: OnlineRun, stored: dict[str, Any] | None = None) -> int:
         except NonFiniteError as error:
             resume.dump(run, error)
             return NOT_FINITE
+        finally:
+            run.trace.close()
     if stopped:
         run.logger.say(f"stopped at env_steps {run.env_steps}; the same command goes on from here")
         return 128 + stopped[0]
@@ -93,6 +96,7 @@ class OnlineRun:
             "checkpoint": clock.Every(config.checkpoint.every),
         }
         self.finite = FiniteWatch()
+        self.trace = Trace(config.log.profile, self.folder, logger.say)
 
     def begin(self, stored: dict[str, Any] | None) -> None:
         """Fresh episodes, or the state that was stored."""
@@ -138,6 +142,7 @@ class OnlineRun:
 
     def _update(self) -> None:
         time = self.logger.time
+        self.trace()
         with time("replay"):
             sampled = self.transfer.sample()
         with time("copy"):
@@ -236,7 +241,7 @@ class OnlineRun:
                 stats = self.replay.stats()
                 self.logger.set({f"replay/{name}": value for name, value in stats.items()})
                 self.logger.set({"train/opt/skipped": self.finite.skipped})
-            self.logger.set({"episode/total": self.episodes})
+            self.logger.set({"episode/total": self.episodes} | gpu_busy(self.agent.device))
             self.logger.write(self.env_steps, self.updates)
 
     def say_what_next(self) -> None:

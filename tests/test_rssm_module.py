@@ -25,7 +25,14 @@ def arguments(rssm, count=7):
     is_first = torch.arange(count) % 3 == 0
     deter = torch.randn(count, 16)
     deter[0] = torch.nan  # forgotten by the reset
-    return deter, stoch, torch.randn(count, 6), torch.randn(count, 2), is_first, torch.rand(count, 3)
+    return (
+        deter,
+        stoch,
+        torch.randn(count, 6),
+        torch.randn(count, 2),
+        is_first,
+        torch.rand(count, 3),
+    )
 
 
 def expected_step(rssm, deter, stoch, *rows):
