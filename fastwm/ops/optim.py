@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastwm.ops._backend import available, raw, register_fake
 
@@ -131,6 +132,13 @@ def _raw_copies(copies: Copies) -> tuple:
     return [copies.slow[i] for i in at], at, float(copies.rate), list(copies.low)
 
 
+def _note_changes(*lists: Sequence[Tensor | None]) -> None:
+    """Tell autograd, and whoever keeps something computed from them, that tensors changed: a kernel
+    writes through a pointer, which does not count as a change by itself."""
+    if not torch.compiler.is_compiling():  # where the op's schema tells
+        increment_version([x for tensors in lists for x in tensors if x is not None])
+
+
 def _raw_decay(decay_mask: Sequence[bool] | None, count: int) -> list[int]:
     return [1] * count if decay_mask is None else [int(on) for on in decay_mask]
 
@@ -228,10 +236,12 @@ def laprop_agc_(
             grad_scale=grad_scale, copies=copies,
         )  # fmt: skip
     with torch.no_grad():
-        return raw.laprop_agc_(
+        done = raw.laprop_agc_(
             *_raw_arguments(*lists, step, lr, grad_scale), agc, pmin, beta1, beta2, eps,
             weight_decay, _raw_decay(decay_mask, len(params)), nesterov, *_raw_copies(copies),
         )  # fmt: skip
+    _note_changes(params, mu, nu, copies.slow, copies.low)
+    return done
 
 
 @torch.no_grad()
@@ -323,11 +333,13 @@ def adam_(
             clip_value=clip_value, grad_scale=grad_scale, copies=copies,
         )  # fmt: skip
     with torch.no_grad():
-        return raw.adam_(
+        done = raw.adam_(
             *_raw_arguments(*lists, step, lr, grad_scale), clip_norm, clip_value, beta1, beta2,
             eps, weight_decay, _raw_decay(decay_mask, len(params)), decoupled,
             *_raw_copies(copies),
         )  # fmt: skip
+    _note_changes(params, mu, nu, copies.slow, copies.low)
+    return done
 
 
 @torch.no_grad()
@@ -358,7 +370,9 @@ def ema_(
     if not _fused((slow,), "ema_"):
         return ema_ref_(slow, fast, rate, finite)
     with torch.no_grad():
-        return raw.ema_(list(slow), list(fast), rate, finite)
+        done = raw.ema_(list(slow), list(fast), rate, finite)
+    _note_changes(slow)
+    return done
 
 
 @register_fake("laprop_agc_")
