@@ -188,6 +188,20 @@ class RSSM(nn.Module):
             out.append((deter, stats, stoch))
         return tuple(torch.stack(x, 1) for x in zip(*out, strict=True))
 
+    def step(
+        self,
+        deter: Tensor,  # (N, D)
+        stoch: Tensor,  # (N, S, K)
+        tokens: Tensor,  # (N, E)
+        prev_action: Tensor,  # (N, A)
+        is_first: Tensor,  # (N,) bool
+        noise: Tensor | None,  # (N, S) uniform, None for the mode
+    ) -> tuple[Tensor, Tensor]:  # (N, D), (N, S, K)
+        """One step of `observe`, for acting."""
+        rows = (x if x is None else x.unsqueeze(1) for x in (tokens, prev_action, is_first, noise))
+        deter, _, stoch = self.observe(deter, stoch, *rows)
+        return deter.squeeze(1), stoch.squeeze(1)
+
     def imagine(
         self,
         deter: Tensor,  # (N, D)

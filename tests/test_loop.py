@@ -202,7 +202,8 @@ def test_open_loop_video_of_image_tasks(tmp_path):
         tmp_path, "--task", "dummy_image", "--log.video_every", "80", "--steps", "80", "--envs", "2"
     )
     online.train(run)
-    assert os.listdir(tmp_path / "videos") == ["openloop_image-000000080.gif"]
+    names = sorted(os.listdir(tmp_path / "videos"))
+    assert names == [f"train_openl_image-000000080.{ending}" for ending in ("gif", "png")]
 
 
 STOP = """
