@@ -22,7 +22,7 @@ from fastwm.agents.modular_policy import ModularPolicy
 from fastwm.agents.policy import pack_policy
 from fastwm.agents.video import open_loop_video
 from fastwm.config import ModularConfig
-from fastwm.optim_clipped import ClippedAdam
+from fastwm.optim import Adam
 from fastwm.spaces import Space
 from fastwm.worldmodels import losses
 from fastwm.worldmodels.losses import weighted_mean
@@ -124,11 +124,8 @@ class ModularAgent:
         rates = (config.world_model_lr, config.actor_lr, config.critic_lr)
         parts = (self.model.world, self.model.policy, self.model.value)
         self.optimizers = {
-            name: ClippedAdam(
-                part.named_parameters(),
-                lr=lr,
-                max_grad_norm=config.max_grad_norm,
-                eps=config.adam_eps,
+            name: Adam(
+                part.named_parameters(), lr=lr, clip=config.max_grad_norm, eps=config.adam_eps
             )
             for name, part, lr in zip(GROUPS, parts, rates, strict=True)
         }
@@ -351,12 +348,11 @@ class ModularAgent:
     def apply(self, due: set[str], terms: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Clip and step each due group; all of them or, where one is not finite, none."""
         due = [name for name in GROUPS if name in due]
-        norms = {name: self.optimizers[name].grad_norm() for name in due}
-        checked = torch.stack([*norms.values(), *(term.detach() for term in terms.values())])
-        finite = torch.isfinite(checked).all()
-        for name in due:
-            self.optimizers[name].step(norms[name], finite)
-        return finite, {f"{name}_grad_norm": norm for name, norm in norms.items()}
+        grads = [p.grad for name in due for p in self.optimizers[name].params if p.grad is not None]
+        total = torch.nn.utils.get_total_norm(grads)
+        checked = total + sum(term.detach() for term in terms.values())
+        norms = {name: self.optimizers[name].step(checked)[0] for name in due}
+        return torch.isfinite(checked), {f"{name}_grad_norm": norm for name, norm in norms.items()}
 
     def representation_metric(self, terms: dict[str, Tensor]) -> Tensor:
         own, decoder = terms["representation_own_loss"], terms["decoder_reconstruction_loss"]
