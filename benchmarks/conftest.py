@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastwm import ops
 
 # eager reference, the same through torch.compile, our kernels. Compiling takes half a minute a
 # shape: FASTWM_BENCH_COMPILE=0 leaves it out.
 VARIANTS = ["reference", "compiled", "fused"]
+DEVICE = os.environ.get("FASTWM_BENCH_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine_line() -> str:
@@ -26,7 +27,7 @@ def machine_line() -> str:
     if listing.is_file():
         names = [x for x in listing.read_text().splitlines() if x.startswith("model name")]
         cpu = names[0].split(":")[1].strip() if names else cpu
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu
     threads, cores = torch.get_num_threads(), os.cpu_count()
     level = info.get("cpu_capability", info["cpu"])
     return f"{device}, {cores} cores, {threads} threads, torch {torch.__version__}, kernels {level}"
@@ -44,14 +45,18 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 def variant(request: pytest.FixtureRequest) -> str:
     if request.param == "compiled" and os.environ.get("FASTWM_BENCH_COMPILE") == "0":
         pytest.skip("FASTWM_BENCH_COMPILE=0")
-    if request.param == "fused" and not ops.available("cpu"):
-        pytest.skip(f"no compiled kernels: {ops.backend_info()['cpu']}")
+    if request.param == "fused" and not ops.available(DEVICE, "lambda_return"):
+        pytest.skip(f"no compiled kernels: {ops.backend_info()[DEVICE]}")
     return request.param
 
 
 @pytest.fixture(params=["forward", "forward+backward"])
 def mode(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+def _is_tensor(x: object) -> bool:
+    return isinstance(x, Tensor)
 
 
 def _pick(variant: str, fused: Callable, reference: Callable) -> Callable:
@@ -81,11 +86,14 @@ def time_op(benchmark, variant: str, mode: str) -> Callable:
     ) -> None:
         function, train = _pick(variant, fused, reference), mode == "forward+backward"
         benchmark.group = f"{group} {mode}"
+        placed = {id(x): x.to(DEVICE) for x in [*tree_leaves(args), *leaves] if _is_tensor(x)}
+        args = tree_map(lambda x: placed[id(x)] if _is_tensor(x) else x, list(args))
+        leaves = [placed[id(leaf)] for leaf in leaves]
         for leaf in leaves:
             leaf.requires_grad_(train)
 
         def forward() -> list[Tensor]:
-            return [x for x in tree_leaves(function(*args)) if isinstance(x, Tensor)]
+            return [x for x in tree_leaves(function(*args)) if _is_tensor(x)]
 
         grads = [torch.randn_like(x) for x in forward() if x.requires_grad]
 
@@ -94,6 +102,8 @@ def time_op(benchmark, variant: str, mode: str) -> Callable:
             if train:
                 outputs = [x for x in results if x.requires_grad]
                 torch.autograd.grad(outputs, leaves, grads)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
 
         call()  # compiles, and warms the allocator
         benchmark(call)

@@ -29,6 +29,12 @@ FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]  # fmt: skip
 SHARED = re.compile(r"(?<!extern )(__shared__ [^;]*?(\w+)(?:\[[^;]*\])?;)")
+# The raw ops whose schema means the same on CPU and CUDA, which is all but the rssm's.
+RAW = """
+lambda_return lambda_return_backward rms_silu rms_silu_backward twohot_loss twohot_loss_backward
+twohot_mean twohot_mean_backward gmm_nll gmm_nll_backward latent_sample latent_one_hot
+latent_backward kl_balance kl_balance_backward laprop_agc_ adam_ ema_
+""".split()
 LAUNCH = re.compile(r"([\w:]+(?:<[\w:, ]+>)?)\s*<<<(.*?)>>>\s*\((.*?)\);", re.DOTALL)
 
 
@@ -115,8 +121,8 @@ def load():
 
 
 @contextmanager
-def instead_of_cpu(names: Sequence[str], order: int = 1) -> Iterator[None]:
-    """Within the block these raw ops of CPU tensors run the CUDA code, on guarded memory.
+def instead_of_cpu(order: int = 1) -> Iterator[None]:
+    """Within the block the `RAW` ops of CPU tensors run the CUDA code, on guarded memory.
 
     `order` of threads and blocks: -1 forward, -2 reverse, else the seed of a random one.
     """
@@ -124,7 +130,7 @@ def instead_of_cpu(names: Sequence[str], order: int = 1) -> Iterator[None]:
     library = torch.library.Library("fastwm", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are replaced, which is the purpose
-        for name in names:
+        for name in RAW:
             library.impl(name, getattr(emulated, name).default, "CPU", allow_override=True)
     _backend.LOW_INPUT.add("cpu")
     switch.emulation_order(order)

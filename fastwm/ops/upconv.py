@@ -14,11 +14,6 @@ from torch import Tensor
 
 __all__ = ["upsample_conv2d", "upsample_conv2d_ref"]
 
-# _TAPS[phase][d] lists the taps u of the 5-wide kernel that fall on input pixel i - 1 + d:
-# output row 2i + phase reads upsampled rows 2i + phase + u - 2, which is input row
-# i + floor((phase + u - 2) / 2).
-_TAPS = (((0, 1), (2, 3), (4,)), ((0,), (1, 2), (3, 4)))
-
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dim() != 4:
@@ -46,9 +41,12 @@ def upsample_conv2d_ref(
 
 
 def _phase_map(like: Tensor) -> Tensor:  # (2, 3, 5)
-    """1 where tap u of phase a falls on input offset d."""
-    rows = [[[float(u in taps) for u in range(5)] for taps in phase] for phase in _TAPS]
-    return torch.tensor(rows, dtype=like.dtype, device=like.device)
+    """1 where tap u of phase a falls on input offset d; made on the device: graphs can hold it."""
+    # Output row 2i + phase reads upsampled rows 2i + phase + tap - 2, which is input row
+    # i + floor((phase + tap - 2) / 2), and input offset d is row i - 1 + d.
+    tap, offset, phase = (torch.arange(n, device=like.device) for n in (5, 3, 2))
+    falls_on = (phase[:, None] + tap - 2).div(2, rounding_mode="floor") + 1
+    return (falls_on[:, None] == offset[:, None]).to(like.dtype)
 
 
 def phase_weight(weight: Tensor) -> Tensor:  # (C', C, 5, 5) -> (4C', C, 3, 3)

@@ -7,12 +7,6 @@ import pytest
 
 from fastwm import ops
 
-RAW = """
-lambda_return lambda_return_backward rms_silu rms_silu_backward twohot_loss twohot_loss_backward
-twohot_mean twohot_mean_backward gmm_nll gmm_nll_backward latent_sample latent_one_hot
-latent_backward kl_balance kl_balance_backward laprop_agc_ adam_ ema_
-""".split()
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "variant" in metafunc.fixturenames:
@@ -32,5 +26,5 @@ def variant(request):
         return
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler (c++)")
-    with emulate.instead_of_cpu(RAW):
+    with emulate.instead_of_cpu():
         yield "cuda"
