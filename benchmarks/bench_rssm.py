@@ -141,3 +141,45 @@ def test_gru_step_layernorm(time_op, batch, inputs, deter):
     numbers = sum(x.numel() for x in args) + batch * deter
     time_op(f"gru_step_layernorm B{batch} D{deter}", ops.gru_step_layernorm,
             ops.gru_step_layernorm_ref, args, args, (4 * numbers, 8 * numbers))  # fmt: skip
+
+
+def captured(call):
+    """The call as a CUDA graph; returns what replays it and waits."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+
+    def replay():
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+@pytest.mark.parametrize("products", ["fp32", "bf16"])
+@pytest.mark.parametrize("loop", ["reference", "gemm", "phase"])
+def test_observe_captured(benchmark, monkeypatch, size, mode, products, loop, batch=16, time=64):
+    """On a GPU, in one CUDA graph: the plain loop and both compiled ones."""
+    benchmark.group = f"rssm_observe captured {mode} {size} {products} B{batch} T{time}"
+    monkeypatch.setenv("FASTWM_RSSM", "gemm" if loop == "reference" else loop)
+    train = mode != "forward"
+    with torch.device("cuda"):
+        weights, inputs = make_weights(*SIZES[size]), make_inputs(size, batch, time)
+    call = observe_call(ops.rssm_observe, weights, inputs, train)
+
+    def cast():
+        with torch.autocast("cuda", torch.bfloat16, enabled=products == "bf16"):
+            call()
+
+    flops = 2 * 69 * SIZES[size][1] ** 2 * batch * time * (3 if train else 1)
+    with ops.use_backend("reference" if loop == "reference" else "fused"):
+        run(benchmark, captured(cast), flops)

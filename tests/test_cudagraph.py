@@ -8,10 +8,19 @@ import traceback
 
 import pytest
 import torch
-from test_dreamer import CONTINUOUS, IMAGE, random_batch, tiny_agent
+from test_dreamer import (
+    CONTINUOUS,
+    DISCRETE,
+    IMAGE,
+    PROPRIO,
+    random_batch,
+    tiny_agent,
+    tiny_config,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastwm.agents.dreamer import DreamerAgent
 from fastwm.cudagraph import WARMUP, GraphedUpdate
 
 aten = torch.ops.aten
@@ -146,6 +155,26 @@ def test_failure_falls_back_once():
 def test_graphs_need_a_gpu():
     with pytest.raises(ValueError, match="expected cudagraphs auto or off on device cpu, got on"):
         tiny_agent(cudagraphs="on")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_graph_equals_eager_on_the_gpu(precision):
+    """The same noise, the same batches: the same parameters, to the rounding of the libraries."""
+    config = tiny_config(precision=precision)
+    graphed = DreamerAgent(PROPRIO, DISCRETE, config, device="cuda", seed=3)
+    plain = DreamerAgent(PROPRIO, DISCRETE, config, device="cuda", seed=3)
+    plain.step = plain.update_on_device
+    assert isinstance(graphed.step, GraphedUpdate)
+    batches = [random_batch(tiny_agent()) for _ in range(WARMUP + 4)]
+    for agent in (graphed, plain):
+        for batch in batches:
+            metrics, _ = agent.update(batch)
+        assert bool(metrics["opt/finite"])
+    assert not graphed.step.failed
+    assert len(graphed.step.recorded) == 1
+    for one, two in zip(graphed.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
 class Syncs(TorchDispatchMode):

@@ -10,6 +10,7 @@ import torch
 from test_rssm import (  # noqa: F401 - the tests run once more, on the path of CUDA tensors
     CASES,
     STATES,
+    all_gradients,
     away_from_edges,
     double,
     make_inputs,
@@ -219,3 +220,63 @@ def test_unknown_loop(raw, monkeypatch):
     monkeypatch.setenv("FASTWM_RSSM", "phases")
     with pytest.raises(RuntimeError, match="FASTWM_RSSM: expected gemm or phase, got phases"):
         raw.rssm_scan(*args, True, False)
+
+
+def to_gpu(weights, inputs):
+    def moved(x):
+        if isinstance(x, torch.Tensor):
+            return x.detach().cuda().requires_grad_(x.requires_grad)
+        return tuple(map(moved, x))
+
+    return R.RSSMWeights(*map(moved, weights)), {k: moved(x) for k, x in inputs.items()}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("loop", ["gemm", "phase"])
+def test_gpu_matches_reference(case, loop, monkeypatch, near):
+    monkeypatch.setenv("FASTWM_RSSM", loop)
+    weights, inputs = make_weights(**CASES[case]), make_inputs(**CASES[case])
+    inputs = away_from_edges(weights, inputs)
+    wide, args = double(weights, inputs)
+    cotangents = [torch.randn(x.shape) for x in R.rssm_observe_ref(wide, **args)]
+    expected, wanted = all_gradients(R.rssm_observe_ref, wide, args, cotangents)
+    moved = to_gpu(weights, inputs)
+    runs = [all_gradients(R.rssm_observe, *moved, [c.cuda() for c in cotangents]) for _ in range(2)]
+    for got, again, want in zip(runs[0][0], runs[1][0], expected, strict=True):
+        assert torch.equal(got, again)
+        near(got.cpu(), want, rtol=1e-4)
+    for name, want in wanted.items():
+        assert torch.equal(runs[0][1][name], runs[1][1][name])
+        near(runs[0][1][name].cpu(), want, rtol=1e-3, who=name)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("loop", ["gemm", "phase"])
+def test_gpu_capture(loop, low, monkeypatch):
+    """Forward and backward in one graph, replayed on new inputs, equal the eager calls."""
+    monkeypatch.setenv("FASTWM_RSSM", loop)
+    weights, inputs = to_gpu(make_weights(**CASES["wide"]), make_inputs(**CASES["wide"]))
+    leaves = [*sequence.flatten(weights), *(inputs[k] for k in STATES)]
+
+    def call():
+        with torch.autocast("cuda", torch.bfloat16, enabled=low):
+            out = R.rssm_observe(weights, **inputs)
+        return [*out, *torch.autograd.grad(sum(x.square().sum() for x in out), leaves)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static = call()
+    for _ in range(2):
+        with torch.no_grad():
+            inputs["tokens"].normal_()
+            inputs["noise"].uniform_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(static, call(), strict=True))
