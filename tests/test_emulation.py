@@ -49,6 +49,16 @@ __global__ void lanes(float* out, int kind) {
   if (kind == 3) y = __shfl_down_sync(WARP, x, 3, 8);
   out[threadIdx.x] = y;
 }
+__global__ void twice(float* out, int barriers) {
+  __shared__ float part[2];
+  for (int i = 1; i <= 2; ++i) {
+    const float x = __shfl_xor_sync(WARP, (float)i, 1);
+    if (barriers) __syncthreads();  // whoever still reads the last ones
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
+    __syncthreads();
+    out[threadIdx.x] += part[0] + part[1];
+  }
+}
 __global__ void store(float* out, int at) { out[at] = 1.0f; }
 
 extern "C" __attribute__((visibility("default"))) const char* run(int kind, float* x, float* out,
@@ -63,12 +73,13 @@ extern "C" __attribute__((visibility("default"))) const char* run(int kind, floa
   if (kind == 5) half_warps<<<1, 32, 0, nullptr>>>(out);
   if (kind == 6) lanes<<<1, 32, 0, nullptr>>>(out, argument);
   if (kind == 7) store<<<1, 1, 0, nullptr>>>(out, argument);
+  if (kind == 8) twice<<<1, 64, 0, nullptr>>>(out, argument);
   static std::string error;
   error = emulation::take_error();
   return error.c_str();
 }
 """
-SUM, UNSET, LEAVE, TWO_PLACES, SOME_LANES, HALF_WARPS, LANES, STORE = range(8)
+SUM, UNSET, LEAVE, TWO_PLACES, SOME_LANES, HALF_WARPS, LANES, STORE, TWICE = range(9)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +104,14 @@ def test_missing_barrier(run, order):
     x, out = torch.ones(64), torch.zeros(64)
     assert run(SUM, out, 1, order, x) == "" and torch.equal(out, torch.full((64,), 64.0))
     assert run(SUM, out, 0, order, x) == "" and out.isnan().any()
+
+
+@pytest.mark.parametrize("order", [-1, -2, 1])
+def test_missing_barrier_between_two_uses(run, order):
+    for barriers in (1, 0):
+        out = torch.zeros(64)
+        assert run(TWICE, out, barriers, order) == ""
+        assert torch.equal(out, torch.full((64,), 6.0)) == bool(barriers)
 
 
 def test_shared_memory_of_a_block_before_is_not_seen(run):

@@ -167,24 +167,36 @@ inline bool stuck() {
   return false;
 }
 
+// Runs the threads [begin, end) of a warp until all wait for the block or have returned.
+inline bool run_warp(unsigned begin, unsigned end, bool& ran) {
+  Machine& m = machine();
+  std::vector<unsigned> order(end - begin);
+  for (bool freed = true; freed; freed = release(begin, end, State::kWarp)) {
+    arrange(order);
+    for (unsigned i : order) {
+      if (m.fibers[begin + i]->state != State::kReady) continue;
+      if (!run(*m.fibers[begin + i])) return false;
+      ran = true;
+    }
+  }
+  return true;
+}
+
+// Warps one after the other, each as far as it gets: where a barrier is missing, one of them is
+// ahead of what the others still read or have yet to write.
 inline bool run_block() {
   Machine& m = machine();
-  std::vector<unsigned> order(m.count);
+  std::vector<unsigned> order((m.count + kWarp - 1) / kWarp);
   for (;;) {
     bool ran = false, alive = false;
     arrange(order);
-    for (unsigned i : order) {
-      if (m.fibers[i]->state != State::kReady) continue;
-      if (!run(*m.fibers[i])) return false;
-      ran = true;
+    for (unsigned warp : order) {
+      const unsigned end = (warp + 1) * kWarp;
+      if (!run_warp(warp * kWarp, end < m.count ? end : m.count, ran)) return false;
     }
     for (unsigned i = 0; i < m.count; ++i) alive |= m.fibers[i]->state != State::kDone;
     if (!alive) return true;
-    bool freed = release(0, m.count, State::kBlock);
-    for (unsigned i = 0; i < m.count; i += kWarp) {
-      freed |= release(i, i + kWarp < m.count ? i + kWarp : m.count, State::kWarp);
-    }
-    if (!ran && !freed) return stuck();
+    if (!release(0, m.count, State::kBlock) && !ran) return stuck();
   }
 }
 
