@@ -86,7 +86,11 @@ def _fits(config: Any, obs_space: dict, act_space: Any) -> None:
 
 
 def real_lanes(config: Any, seeds: Sequence[int]) -> Lanes:
-    options = {"size": config.env.size, "action_repeat": config.env.action_repeat}
+    options = {
+        "size": config.env.size,
+        "action_repeat": config.env.action_repeat,
+        "time_limit": config.env.time_limit,
+    }
     if config.ctrl.env_threads:
         options["num_threads"] = config.ctrl.env_threads
     return make_lanes(config.task, seeds, **options, **config.env.options)

@@ -16,6 +16,9 @@ class Env:
     action_repeat: int | None = key(
         None, "frames per decision; none: as usual for the task", 1, fixed=True
     )
+    time_limit: int | None = key(
+        None, "frames after which an episode is cut off; none: as the task has it", 1, fixed=True
+    )
     size: tuple[int, int] = key((96, 96), "pictures of the task, height and width, px", 1)
     rows: int = key(0, "upper rows of a picture that V sees; 0: all", 0, fixed=True)
     options: dict = key({}, "anything else for the adapter: --env.options.NAME VALUE", fixed=True)

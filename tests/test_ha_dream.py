@@ -117,6 +117,17 @@ def test_the_time_limit_ends_it():
     assert ends == [[False] * 2, [False] * 2, [True] * 2]
 
 
+def test_without_a_done_head_the_limit_ends_it_and_a_reward_head_pays():
+    rnn = MDNRNN(Z, 1, R, M, reward=True)
+    with torch.no_grad():
+        rnn.head.weight[-1], rnn.head.bias[-1] = 0, -2.5
+    dream = world(2, rnn, max_steps=2)
+    dream.reset()
+    for over in (False, True):
+        _, reward, done = dream.step(torch.zeros(2, 1), torch.arange(2))
+        assert reward.tolist() == [-2.5, -2.5] and done.tolist() == [over, over]
+
+
 def test_restart_is_seen_at_the_first_step_only():
     """The flag's weights are the only thing that changes M: with them at zero it has no effect."""
     rnn = alive(model())
@@ -181,7 +192,6 @@ def test_starts_are_those_given():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rnn": model(done=False)}, "train it with --rnn.done true"),
         ({"seeds": []}, "expected a seed for each lane, got none"),
         ({"temperature": -1.0}, "expected a temperature >= 0"),
         ({"max_steps": 0}, "max_steps >= 1"),

@@ -153,16 +153,21 @@ def _takecover(
     action_repeat: int = 1,
     actions: str = "discrete",
     length: int = 2100,
+    time_limit: int | None = None,
     seeds: Sequence[int] | None = None,
     num_threads: int = 0,
 ) -> VecEnv:
-    """ViZDoom's TakeCover: actions "discrete" or "continuous"; length in tics."""
+    """ViZDoom's TakeCover: actions "discrete" or "continuous"; length and time_limit in tics."""
     from fastwm.envs.envpool import load_envpool
 
     load_envpool(task)
     from fastwm.envs.vizdoom import TakeCover
 
-    options = {"action_repeat": action_repeat, "actions": actions, "length": length}
+    options = {
+        "action_repeat": action_repeat,
+        "actions": actions,
+        "length": length if time_limit is None else time_limit,
+    }
     options |= {"seeds": seeds, "num_threads": num_threads}
     return TakeCover(num_envs, seed, task=task, obs=obs, **options)
 

@@ -1,7 +1,8 @@
 """The dream: M plays the environment, for a whole population at once.
 
 A step: M reads (z, action[, restart]) and predicts; the next z is drawn at the temperature; the
-dream is over where M says so with more than one half, and every step earns 1.
+dream is over where M says so with more than one half. A step earns what M says if it was trained to
+(--rnn.reward true), and else 1: the return is how long the dream was survived.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ class Noise:
 class DreamWorld:
     """N dreams side by side; lanes that ended are left out by whoever steps them.
 
-    Args: rnn: M, with a done head. controller: names what `features` hold. code: what the
-          controller's outputs mean. starts: (mu, logvar), each (E, Z), of first frames of real
-          episodes. seeds: one per lane, N of them; lanes with equal seeds dream the same as long
+    Args: rnn: M; without a done head only max_steps ends a dream. controller: names what `features`
+          hold. code: what its outputs mean. starts: (mu, logvar), each (E, Z), of first real
+          pictures. seeds: one per lane, N of them; lanes with equal seeds dream the same as long
           as their actions are the same. temperature: of M's predictions: 0 takes the most likely
           mean, 1 is M's own belief, more is less certain. max_steps: where a dream ends at last.
     """
@@ -111,10 +112,12 @@ class DreamWorld:
         uniform = uniform if self.rnn.mixture == "factored" else uniform[:, 0]
         self.z = sample_next(said, self.rnn.mixture, uniform, normal, self.temperature)
         self.steps += 1
-        done = said.done > 0
-        if self.steps >= self.max_steps:
-            done = torch.ones_like(done)
-        return self.controller.features(self.z, self.state), torch.ones_like(said.done), done
+        count, over = len(lanes), self.steps >= self.max_steps
+        done = hidden.new_full((count,), over, dtype=torch.bool)
+        if said.done is not None and not over:
+            done = said.done > 0
+        reward = hidden.new_ones(count) if said.reward is None else said.reward
+        return self.controller.features(self.z, self.state), reward, done
 
     def _leave(self, lanes: Tensor) -> None:
         """Forgets the lanes that are not stepped any more."""
@@ -142,11 +145,6 @@ def _check(
     temperature: float,
     max_steps: int,
 ) -> None:
-    if not rnn.done:
-        raise ValueError(
-            "DreamWorld: expected an MDN-RNN that predicts the end of an episode, got one without; "
-            "train it with --rnn.done true"
-        )
     shapes = [tuple(part.shape) for part in starts]
     if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][1:] != (rnn.latent,):
         raise ValueError(
