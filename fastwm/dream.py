@@ -15,9 +15,7 @@ HELP = "arrows act, + and - temperature, c the agent acts, r again, q ends"
 
 def options() -> argparse.ArgumentParser:
     found = parser("dream", "Dream episodes in a run's world model, and film them.", episodes=1)
-    found.add_argument(
-        "--temperature", type=float, help="of World Models' dreams (default: the run's)"
-    )
+    found.add_argument("--temperature", type=float, help="of World Models (default: the run's)")
     found.add_argument("--keys", action="store_true", help=f"play it in this terminal: {HELP}")
     found.add_argument("--context", type=int, default=20, help="real steps that Dreamer sees first")
     found.add_argument("--gif-fps", type=positive, default=20, help="pictures per second")
@@ -58,7 +56,6 @@ def _dream(run: Path, args: argparse.Namespace) -> Any:
     config, agent, path, troubles = assemble.load_run(str(run), args.checkpoint, args.device)
     for trouble in troubles:
         print(f"fastwm.dream: {trouble}; using {path}", file=sys.stderr)
-    assemble.set_up_torch(config)
     make_envs = assemble.make_envs(config)
     if config.algorithm == "ha":
         heat = config.dream.temperature if args.temperature is None else args.temperature
@@ -66,18 +63,16 @@ def _dream(run: Path, args: argparse.Namespace) -> Any:
             raise settings.ConfigError(f"--temperature: expected a number >= 0, got {heat}")
         folder = run if run.is_dir() else path.parent.parent
         starts = dreams.ha_starts(folder, config, agent.policy, make_envs)
-        length = args.max_steps or config.dream.length
-        return dreams.HaDream(
-            agent.policy.eval(), starts, temperature=heat, length=length, seed=args.seed
-        )
+        limits = {"temperature": heat, "length": args.max_steps or config.dream.length}
+        return dreams.HaDream(agent.policy.eval(), starts, **limits, seed=args.seed)
     if not config.algorithm.startswith("dreamerv3"):
         raise settings.ConfigError(
             f"dream: expected a run of ha or dreamerv3, got {config.algorithm}"
         )
     if args.temperature is not None:
         raise settings.ConfigError("--temperature: expected a run of ha, got one of dreamerv3")
-    length, context = args.max_steps or 200, args.context
-    return dreams.DreamerDream(agent, make_envs, length=length, context=context, seed=args.seed)
+    limits = {"length": args.max_steps or 200, "context": args.context}
+    return dreams.DreamerDream(agent, make_envs, **limits, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ RANKS = {
     "loops.clock": SIDE,
     "loops": 7,
     "assemble": 7.5,  # config to objects, for the command lines
-    "train": 8, "eval": 8, "play": 8.5, "dream": 8, "check_env": 8, "doctor": 8, "selftest": 8,
-    "bench": 8, "diagnose": 8, "export": 8, "data": 8, "__init__": 8,
+    "train": 8, "eval": 8, "play": 8.5, "dream": 8.5, "check_env": 8, "doctor": 8, "selftest": 8,
+    "convert": 8, "bench": 8, "diagnose": 8, "export": 8, "data": 8, "__init__": 8,
 }  # fmt: skip
 
 
