@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cpu/gmm.h"
+#include "cpu/lanes.h"
 #include "cpu/simd.h"
 #include "cpu/softmax.h"
 #define FWM_SOURCE "cpu/gmm.cpp"
@@ -17,7 +18,6 @@ namespace fastwm {
 
 constexpr float kHalfLogTwoPi = 0.918938533f;
 constexpr float kLowest = -3.40282347e38f;  // a maximum that can be subtracted from -inf
-constexpr int kLanes = 16;
 
 }  // namespace fastwm
 
@@ -52,8 +52,6 @@ namespace fastwm::FWM_ISA {
 #if defined(__GNUC__)
 // With M odd, the numbers of one component that lie in M vectors of eight all lie in different lanes:
 // M - 1 blends collect them and one permutation sorts them.
-typedef float Eight __attribute__((vector_size(32), aligned(4)));
-
 constexpr int place(int count, int component, int lane) {  // the latent that lies in this lane
   for (int i = 0; i < 8; ++i) {
     if ((i * count + component) % 8 == lane) return i;
@@ -72,14 +70,12 @@ FWM_HD void collect(const Eight* from, float* to, std::integer_sequence<int, lan
                     std::integer_sequence<int, v...>) {
   Eight all = from[0];
   (blend_in<M, c, v>(all, from[v], lanes), ...);
-  const Eight sorted = __builtin_shufflevector(all, all, ((lane * M + c) % 8)...);
-  memcpy(to, &sorted, sizeof(sorted));
+  *reinterpret_cast<Eight*>(to) = __builtin_shufflevector(all, all, ((lane * M + c) % 8)...);
 }
 
 template <int M, int... c>
 FWM_HD void turn_eight(const float* x, float (*lanes)[kLanes], std::integer_sequence<int, c...> all) {
-  Eight from[M];
-  memcpy(from, x, sizeof(from));
+  const Eight from[M] = {reinterpret_cast<const Eight*>(x)[c]...};
   (collect<M, c>(from, lanes[c], std::make_integer_sequence<int, 8>(), all), ...);
 }
 
@@ -92,13 +88,13 @@ template <int M, int v, int... c>
 FWM_HD void spread(const Eight* spun, float* to, std::integer_sequence<int, c...>) {
   Eight out = spun[0];
   (blend_out<M, v, c>(out, spun[c], std::make_integer_sequence<int, 8>()), ...);
-  memcpy(to + v * 8, &out, sizeof(out));
+  reinterpret_cast<Eight*>(to)[v] = out;
 }
 
 template <int M, int c, int... lane>
 FWM_HD void spin(const float* from, Eight& to, std::integer_sequence<int, lane...>) {
-  memcpy(&to, from, sizeof(to));
-  to = __builtin_shufflevector(to, to, place(M, c, lane)...);
+  const Eight x = *reinterpret_cast<const Eight*>(from);
+  to = __builtin_shufflevector(x, x, place(M, c, lane)...);
 }
 
 template <int M, int... c>
@@ -128,9 +124,7 @@ FWM_HD void turn(const float* x, const Components<M>& k, float (*lanes)[kLanes])
     return;
   }
 #endif
-  for (int m = 0; m < k.count(); ++m) {
-    for (int i = 0; i < kLanes; ++i) lanes[m][i] = x[i * k.count() + m];
-  }
+  turn_rows(x, k.count(), lanes);
 }
 
 template <int M>
@@ -143,9 +137,7 @@ FWM_HD void turn_back(const float (*lanes)[kLanes], const Components<M>& k, floa
     return;
   }
 #endif
-  for (int m = 0; m < k.count(); ++m) {
-    for (int i = 0; i < kLanes; ++i) x[i * k.count() + m] = lanes[m][i];
-  }
+  turn_rows_back(lanes, k.count(), x);
 }
 
 // ---- factored
@@ -168,7 +160,7 @@ FWM_HD void evaluate(Block<M>& b, const Components<M>& k) {
   for (int m = 0; m < k.count(); ++m) {
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) {
-      const float log_std = gmm_log_std(b.log_std[m][i]), inverse = exp_nonpos(-log_std);
+      const float log_std = gmm_log_std(b.log_std[m][i]), inverse = exp_floored(-log_std);
       const float z = (b.target[i] - b.mean[m][i]) * inverse, logit = b.logits[m][i];
       const float joint = gmm_joint(logit, log_std, z);
       b.mean[m][i] = z;
@@ -183,7 +175,7 @@ FWM_HD void evaluate(Block<M>& b, const Components<M>& k) {
   for (int m = 0; m < k.count(); ++m) {
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i) {
-      const float logit = exp_nonpos(b.logits[m][i] - b.logit_max[i]);
+      const float logit = exp_floored(b.logits[m][i] - b.logit_max[i]);
       const float joint = exp_nonpos(b.joint[m][i] - b.joint_max[i]);
       b.logits[m][i] = logit;
       b.joint[m][i] = joint;
@@ -196,7 +188,8 @@ FWM_HD void evaluate(Block<M>& b, const Components<M>& k) {
 template <int M>
 FWM_HD void factored_block(const float* target, const float* mean, const float* log_std,
                            const float* logits, const Components<M>& k, Block<M>& b) {
-  memcpy(b.target, target, sizeof(b.target));
+#pragma omp simd
+  for (int i = 0; i < kLanes; ++i) b.target[i] = target[i];
   turn<M>(mean, k, b.mean);
   turn<M>(log_std, k, b.log_std);
   turn<M>(logits, k, b.logits);
@@ -328,7 +321,7 @@ FWM_HD float joint_distance(const float* target, const float* mean, const float*
   float distance = 0.0f;
 #pragma omp simd reduction(+ : distance)
   for (int64_t i = 0; i < latents; ++i) {
-    const float bounded = gmm_log_std(log_std[i]), inverse = exp_nonpos(-bounded);
+    const float bounded = gmm_log_std(log_std[i]), inverse = exp_floored(-bounded);
     const float z = (target[i] - mean[i]) * inverse;
     distance -= gmm_joint(0.0f, bounded, z);
     if (keep_z != nullptr) keep_z[i] = z;

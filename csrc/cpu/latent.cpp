@@ -33,7 +33,11 @@ void latent_backward(const LatentBackward& a, float* grad_logits, int64_t begin,
 }
 
 void kl_balance(const KlBalance& a, const KlOutputs& out, int64_t begin, int64_t end) {
-  FWM_CALL(kl_balance)(a, out, begin, end);
+  if (a.classes <= kTileClasses && a.groups > 0) {
+    kl_tiles(a, out, begin, end);
+  } else {
+    FWM_CALL(kl_balance)(a, out, begin, end);
+  }
 }
 
 void scale_rows(const float* factor, const float* x, float* out, int64_t columns, int64_t begin,

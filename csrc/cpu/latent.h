@@ -7,6 +7,7 @@
 namespace fastwm {
 
 constexpr int64_t kMaxClasses = 1024;  // the kernels keep a group on the stack
+constexpr int64_t kTileClasses = 64;   // up to here kl_balance takes sixteen groups side by side
 
 enum class Noise { kNone, kUniform, kGumbel };
 
@@ -52,6 +53,7 @@ struct KlOutputs {
   float* slope_prior;  // (N, S, K): d dyn / d prior, or null
 };
 void kl_balance(const KlBalance& a, const KlOutputs& out, int64_t begin, int64_t end);
+void kl_tiles(const KlBalance& a, const KlOutputs& out, int64_t begin, int64_t end);
 
 // out (N, M) = factor (N) * x (N, M)
 void scale_rows(const float* factor, const float* x, float* out, int64_t columns, int64_t begin,

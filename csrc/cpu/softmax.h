@@ -10,10 +10,10 @@
 
 namespace fastwm {
 
-// exp(x) for x <= 0 (and up to 88), to 1e-7 relative; 0 below -87, NaN for NaN. Inlined, it costs half of a call
-// into libmvec. 2^(x / ln 2) = 2^n * exp(r): adding 1.5 * 2^23 rounds to the integer n and leaves n in
-// the low bits, the polynomial is exp on |r| <= ln(2) / 2.
-FWM_HD float exp_nonpos(float x) {
+// exp(x) for x up to 88, to 1e-7 relative; exp(-87) = 2e-38 below, NaN for NaN. Inlined, it costs half
+// of a call into libmvec. 2^(x / ln 2) = 2^n * exp(r): adding 1.5 * 2^23 rounds to the integer n and
+// leaves n in the low bits, the polynomial is exp on |r| <= ln(2) / 2.
+FWM_HD float exp_floored(float x) {
   const float clamped = x < -87.0f ? -87.0f : x;
   const float shifted = clamped * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
@@ -29,7 +29,13 @@ FWM_HD float exp_nonpos(float x) {
   bits = (bits << 23) + 0x3f800000u;
   float power;
   memcpy(&power, &bits, 4);
-  return x < -87.0f ? 0.0f : p * power;
+  return p * power;
+}
+
+// The same for x <= 0, but 0 below -87.
+FWM_HD float exp_nonpos(float x) {
+  const float y = exp_floored(x);
+  return x < -87.0f ? 0.0f : y;
 }
 
 // log(x) for 0 < x, to 1e-7 relative or absolute, whichever is larger; what lies below the smallest
@@ -61,9 +67,9 @@ FWM_HD float log_positive(float x) {
 // longer than a row of a hundred numbers; a tree in plain loops goes through memory.
 FWM_HD float sum16(const float* lanes) {
 #if defined(__GNUC__)
-  typedef float Wide __attribute__((vector_size(64), aligned(4)));
-  Wide x;
-  memcpy(&x, lanes, sizeof(x));
+  // Not memcpy, which moves quarters of it through memory.
+  typedef float Wide __attribute__((vector_size(64), aligned(4), may_alias));
+  const Wide x = *reinterpret_cast<const Wide*>(lanes);
   const auto a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
                  __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
   const auto b =
