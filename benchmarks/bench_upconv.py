@@ -21,4 +21,5 @@ def test_upsample_conv2d(time_op, variant, layer, layout):
     weight, bias = torch.randn(outputs, inputs, 5, 5), torch.randn(outputs)
     moved = 4 * FRAMES * size * size * (inputs + 4 * outputs)
     time_op(f"upsample_conv2d {layer} {layout}", ops.upsample_conv2d, ops.upsample_conv2d_ref,
-            (x, weight, bias), [x, weight, bias], (moved, 2 * moved))  # fmt: skip
+            (x, weight, bias), [x, weight, bias], (moved, 2 * moved),
+            2 * FRAMES * size * size * 36 * inputs * outputs)  # fmt: skip

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import platform
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -73,7 +76,8 @@ def time_op(benchmark, variant: str, mode: str) -> Callable:
     """time_op(group, fused, reference, args, leaves, sizes): benchmark one variant of an op.
 
     The backward pass gets fixed random gradients for all differentiable results. `sizes` are the
-    bytes that the forward pass and the backward pass must move at least.
+    bytes that the forward pass and the backward pass must move at least, `flops` the operations of
+    the forward pass where arithmetic decides (the backward pass has twice as many).
     """
 
     def run(
@@ -83,6 +87,7 @@ def time_op(benchmark, variant: str, mode: str) -> Callable:
         args: Sequence,
         leaves: Sequence[Tensor],
         sizes: tuple[int, int],
+        flops: int = 0,
     ) -> None:
         function, train = _pick(variant, fused, reference), mode == "forward+backward"
         benchmark.group = f"{group} {mode}"
@@ -108,14 +113,85 @@ def time_op(benchmark, variant: str, mode: str) -> Callable:
         call()  # compiles, and warms the allocator
         benchmark(call)
         moved = sum(sizes) if train else sizes[0]
-        report(benchmark, moved)
+        report(benchmark, moved, flops * (3 if train else 1))
 
     return run
 
 
-def report(benchmark, moved: int) -> None:
-    """Adds bytes and GB/s at the median to the results."""
-    benchmark.extra_info["machine"] = machine_line()
-    benchmark.extra_info["bytes"] = moved
-    if benchmark.stats is not None:  # None with --benchmark-disable
-        benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.median / 1e9, 2)
+RECORDS: list[dict] = []  # what `report` was told, for the table and the file
+
+
+def _fastest(call: Callable[[], object], repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+@functools.cache
+def memcpy_seconds(moved: int) -> float:
+    """How long a copy takes that reads and writes `moved` bytes together."""
+    source = torch.zeros(max(1, moved // 8))
+    target = torch.empty_like(source)
+    repeats = max(1, 2**20 // max(1, moved))
+    return _fastest(lambda: [target.copy_(source) for _ in range(repeats)]) / repeats
+
+
+@functools.cache
+def gemm_rate() -> float:
+    """Operations per second of a large float32 product."""
+    a, b = torch.rand(2, 768, 768)
+    return 2 * 768**3 / _fastest(lambda: a @ b)
+
+
+def report(benchmark, moved: int, flops: int = 0) -> None:
+    """Adds bytes, GB/s at the median and the share of the floor to the results.
+
+    The floor is a memcpy of as many bytes, or a product of as many operations where that takes
+    longer, measured in the same process.
+    """
+    info = benchmark.extra_info
+    info["machine"], info["bytes"] = machine_line(), moved
+    if benchmark.stats is None:  # --benchmark-disable
+        return
+    median = benchmark.stats.stats.median
+    floor = max(memcpy_seconds(moved), flops / gemm_rate() if flops else 0.0)
+    info["GB/s"], info["floor"] = round(moved / median / 1e9, 2), round(floor / median, 3)
+    if flops:
+        info["GFLOP/s"] = round(flops / median / 1e9, 1)
+    name = benchmark.params.get("variant") or benchmark.params.get("backend") or "fused"
+    RECORDS.append(
+        {"group": benchmark.group, "variant": name, "median_ms": 1e3 * median,
+         "iqr_ms": 1e3 * benchmark.stats.stats.iqr}
+        | {key: info[key] for key in ("bytes", "GB/s", "GFLOP/s", "floor") if key in info}
+    )  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)  # under the tables of pytest-benchmark
+def pytest_terminal_summary(terminalreporter) -> None:
+    """One line a group: times of all variants, how many times faster ours is, share of the floor.
+
+    With FASTWM_BENCH_SAVE=FILE the same numbers go to a JSON file.
+    """
+    if not RECORDS:
+        return
+    groups: dict[str, dict[str, dict]] = {}
+    for record in RECORDS:
+        groups.setdefault(record["group"], {})[record["variant"]] = record
+    write = terminalreporter.write_line
+    write(f"\n{'median ms (IQR)':<52}{'fused':>16}  times faster than; GB/s; share of the floor")
+    for group, found in groups.items():
+        ours = found.get("fused")
+        if ours is None:
+            continue
+        others = [f"{name} {record['median_ms'] / ours['median_ms']:.1f}x"
+                  for name, record in found.items() if name != "fused"]  # fmt: skip
+        shown = f"{ours['median_ms']:.3f} ({ours['iqr_ms']:.3f})"
+        write(f"{group:<52}{shown:>16}  {', '.join(others)}; {ours['GB/s']}; {ours['floor']:.0%}")
+    if path := os.environ.get("FASTWM_BENCH_SAVE"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        content = {"machine": machine_line(), "results": RECORDS}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        write(f"written to {path}")

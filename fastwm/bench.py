@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser("python -m fastwm.bench", description=__doc__)
     known = stems(root)
     parser.add_argument("stem", nargs="*", help=f"{', '.join(known)}; none: all")
+    parser.add_argument("--save", metavar="NAME", help="write benchmarks/results/NAME_<stem>.json")
     args, options = parser.parse_known_args(argv)
     wrong = [stem for stem in args.stem if stem not in known]
     if not known or wrong:
@@ -41,15 +43,18 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
         if pytest(root, tests_of(root, stem)):
             print(f"fastwm.bench: the tests of {stem} are red: not timed", file=sys.stderr)
             return 1
-        if pytest(root, [f"benchmarks/bench_{stem}.py", *options]):
+        target = root / f"benchmarks/results/{args.save}_{stem}.json" if args.save else None
+        if pytest(root, [f"benchmarks/bench_{stem}.py", *options], target):
             return 1
     return 0
 
 
-def pytest(root: Path, arguments: list[str]) -> int:
+def pytest(root: Path, arguments: list[str], save: Path | None = None) -> int:
     if not arguments:  # no tests are no licence: pytest would run all it finds
         return 1
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *arguments], cwd=root).returncode
+    environment = {**os.environ} | ({"FASTWM_BENCH_SAVE": str(save)} if save else {})
+    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+    return subprocess.run(command, cwd=root, env=environment).returncode
 
 
 if __name__ == "__main__":

@@ -24,6 +24,15 @@ def test_green_is_timed(tmp_path):
     assert (tmp_path / "timed").exists()
 
 
+def test_save_names_a_file_for_each_part(tmp_path):
+    root = tree(tmp_path, "True")
+    body = "import os\n\ndef test_time():\n    open(os.environ['FASTWM_BENCH_SAVE'], 'w').close()\n"
+    (root / "benchmarks" / "bench_x.py").write_text(body)
+    (root / "benchmarks" / "results").mkdir()
+    assert bench.main(["x", "--save", "here"], root) == 0
+    assert (root / "benchmarks/results/here_x.json").exists()
+
+
 def test_red_is_not(tmp_path, capsys):
     assert bench.main([], tree(tmp_path, "False")) == 1
     assert not (tmp_path / "timed").exists()
