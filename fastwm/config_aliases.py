@@ -244,10 +244,6 @@ REFUSED: dict[str, str] = {
     "run.debug": "environments never step in the main process here; leave it out",
     "parallel": "envpool steps in parallel by itself; --env.options.parallel true gives every "
     "gymnasium environment its own process",
-    **dict.fromkeys(
-        ("encoder.mlp_keys", "encoder.cnn_keys", "decoder.mlp_keys", "decoder.cnn_keys"),
-        "all observations are read; leave some out with --env.options.ignore '[\"name\"]'",
-    ),
     "debug": "it is a preset: --configs debug",
 }
 

@@ -17,6 +17,8 @@ class Encoder:
     units: int = key(1024, "width of the dense layers", 1, fixed=True)
     kernel: int = key(5, "convolution kernel, pixels", 1, fixed=True)
     symlog: bool = key(True, "symlog vector observations first", fixed=True)
+    cnn_keys: str = key(".*", "images to read, a regular expression", fixed=True)
+    mlp_keys: str = key(".*", "other observations to read, a regular expression", fixed=True)
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Decoder:
     kernel: int = key(5, "convolution kernel, pixels", 1, fixed=True)
     bspace: int = key(8, "blocks of the linear map from deter to the first image", 1, fixed=True)
     outscale: float = key(1.0, "scale of the last layer's initial weights", 0)
+    cnn_keys: str = key(".*", "images to predict, a regular expression", fixed=True)
+    mlp_keys: str = key(".*", "other observations to predict, a regular expression", fixed=True)
 
 
 @dataclass(frozen=True)

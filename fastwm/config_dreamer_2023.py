@@ -30,6 +30,8 @@ class Encoder:
     layers: int = key(5, "dense layers for vector observations", 1, fixed=True)
     units: int = key(1024, "width of the dense layers", 1, fixed=True)
     symlog: bool = key(True, "symlog vector observations first", fixed=True)
+    cnn_keys: str = key(".*", "images to read, a regular expression", fixed=True)
+    mlp_keys: str = key(".*", "other observations to read, a regular expression", fixed=True)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Decoder:
     layers: int = key(5, "dense layers for vector observations", 1, fixed=True)
     units: int = key(1024, "width of the dense layers", 1, fixed=True)
     sigmoid: bool = key(False, "squash images; otherwise the network's output plus a half")
+    cnn_keys: str = key(".*", "images to predict, a regular expression", fixed=True)
+    mlp_keys: str = key(".*", "other observations to predict, a regular expression", fixed=True)
 
 
 @dataclass(frozen=True)

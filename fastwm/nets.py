@@ -6,6 +6,7 @@ architecture: arXiv:2301.04104 and its 2024 reference implementation.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from math import prod, sqrt
 
@@ -186,6 +187,20 @@ def channel_norm(x: Tensor, scale: Tensor) -> Tensor:  # (N, C, H, W), (C,) -> (
     return ops.rms_silu(x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
 
 
+def select_keys(obs_space: dict[str, Space], cnn_keys: str, mlp_keys: str) -> dict[str, Space]:
+    """The observations whose names match: images the first pattern, all others the second."""
+    try:
+        patterns = {True: re.compile(cnn_keys), False: re.compile(mlp_keys)}
+    except re.error as error:
+        raise ValueError(
+            f"cnn_keys, mlp_keys: expected regular expressions, got {cnn_keys!r} and {mlp_keys!r}: "
+            f"{error}"
+        ) from None
+    return {
+        key: space for key, space in obs_space.items() if patterns[space.kind == "image"].match(key)
+    }
+
+
 def split_keys(obs_space: dict[str, Space]) -> tuple[list[str], list[str]]:
     """Sorted image keys and sorted vector keys (discrete ones count as vectors)."""
     images = sorted(key for key, space in obs_space.items() if space.kind == "image")
@@ -218,8 +233,11 @@ class Encoder(nn.Module):
         units: int,
         kernel: int,
         symlog: bool,
+        cnn_keys: str = ".*",
+        mlp_keys: str = ".*",
     ) -> None:
         super().__init__()
+        obs_space = select_keys(obs_space, cnn_keys, mlp_keys)
         self.space, self.symlog, self.kernel = dict(obs_space), symlog, kernel
         self.image_keys, self.vector_keys = split_keys(obs_space)
         if not obs_space:
@@ -312,8 +330,11 @@ class Decoder(nn.Module):
         kernel: int,
         bspace: int,
         outscale: float,
+        cnn_keys: str = ".*",
+        mlp_keys: str = ".*",
     ) -> None:
         super().__init__()
+        obs_space = select_keys(obs_space, cnn_keys, mlp_keys)
         self.space = dict(obs_space)
         self.image_keys, self.vector_keys = split_keys(obs_space)
         if kernel != 5 and self.image_keys:

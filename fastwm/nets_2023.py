@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastwm.nets import TRUNCATION, Linear, head_name, split_keys, stacked_image_shape
+from fastwm.nets import (
+    TRUNCATION,
+    Linear,
+    head_name,
+    select_keys,
+    split_keys,
+    stacked_image_shape,
+)
 from fastwm.nets import Encoder as Encoder2024
 from fastwm.spaces import Space
 
@@ -138,8 +145,11 @@ class Encoder(Encoder2024):
         layers: int,
         units: int,
         symlog: bool,
+        cnn_keys: str = ".*",
+        mlp_keys: str = ".*",
     ) -> None:
         nn.Module.__init__(self)
+        obs_space = select_keys(obs_space, cnn_keys, mlp_keys)
         if not obs_space:
             raise ValueError("Encoder: expected at least one observation key, got none")
         self.space, self.symlog = dict(obs_space), symlog
@@ -181,8 +191,11 @@ class Decoder(nn.Module):
         layers: int,
         units: int,
         sigmoid: bool,
+        cnn_keys: str = ".*",
+        mlp_keys: str = ".*",
     ) -> None:
         super().__init__()
+        obs_space = select_keys(obs_space, cnn_keys, mlp_keys)
         self.space, self.sigmoid = dict(obs_space), sigmoid
         self.image_keys, self.vector_keys = split_keys(obs_space)
         if self.vector_keys:

@@ -453,3 +453,25 @@ def test_config_without_continuation_discount():
     agent = tiny_agent(contdisc=False)
     out = agent.losses(random_batch(agent), agent.draw_noise(3, 6))
     assert torch.isfinite(out.total)
+
+
+def test_what_the_decoder_leaves_out_has_no_loss(tmp_path):
+    """The encoder reads one observation, the decoder predicts the other; the policy needs both."""
+    obs_space = {"position": Space("vector", (2,)), "velocity": Space("vector", (3,))}
+    keys = {"encoder.mlp_keys": "pos", "decoder.mlp_keys": "vel"}
+    agent = tiny_agent(obs_space, **keys)
+    batch = random_batch(agent)
+    metrics, _ = agent.update(batch)
+    losses = {name for name in metrics if name.startswith("loss/recon")}
+    assert losses == {"loss/recon/velocity"}
+    first = agent.model.world.encoder(batch)
+    batch["velocity"] = batch["velocity"] + 1
+    assert torch.equal(first, agent.model.world.encoder(batch))
+    agent.save_policy(tmp_path / "policy.pt")
+    policy = load_policy(tmp_path / "policy.pt")
+    obs = {"position": np.zeros((1, 2), np.float32), "velocity": np.zeros((1, 3), np.float32)}
+    assert policy(obs)[0].shape == (1,)
+    nothing = tiny_agent(obs_space, **{"decoder.mlp_keys": "$^"})
+    metrics, _ = nothing.update(random_batch(nothing))
+    assert not [name for name in metrics if name.startswith("loss/recon")]
+    assert bool(metrics["opt/finite"])

@@ -10,7 +10,7 @@ import torch
 from reference_names import channel_widths, our_layout, our_name
 
 from fastwm.distributions import image_mse, multi_categorical_loss, symlog_mse
-from fastwm.nets import BlockLinear, Conv, Decoder, Encoder, Linear
+from fastwm.nets import BlockLinear, Conv, Decoder, Encoder, Linear, select_keys
 from fastwm.spaces import Space
 
 
@@ -108,3 +108,24 @@ def test_observation_keys_may_hold_dots_and_method_names():
     decoder = Decoder(spaces, 8, 6, bspace=2, outscale=1.0, **shared)
     out = decoder(torch.zeros(5, 8), torch.zeros(5, 6))
     assert {key: tuple(x.shape) for key, x in out.items()} == {"robot.arm": (5, 3), "keys": (5, 2)}
+
+
+def test_observations_are_chosen_by_regular_expression():
+    obs_space = {
+        "image": Space("image", (16, 16, 3)),
+        "map": Space("image", (16, 16, 1)),
+        "position": Space("vector", (2,)),
+        "velocity": Space("vector", (3,)),
+    }
+    assert list(select_keys(obs_space, ".*", ".*")) == list(obs_space)
+    assert list(select_keys(obs_space, "image", "$^")) == ["image"]
+    assert list(select_keys(obs_space, "$^", "pos|vel")) == ["position", "velocity"]
+    assert list(select_keys(obs_space, "ma", "osition")) == ["map"]  # from the beginning
+    with pytest.raises(ValueError, match="expected regular expressions"):
+        select_keys(obs_space, "(", ".*")
+    sizes = {"depth": 2, "mults": (1, 2), "layers": 1, "units": 8, "kernel": 5}
+    encoder = Encoder(obs_space, symlog=True, **sizes, cnn_keys="$^", mlp_keys="position")
+    tokens = encoder({"position": torch.zeros(1, 1, 2)})  # nothing else is looked at
+    assert tokens.shape == (1, 1, 8)
+    with pytest.raises(ValueError, match="at least one observation"):
+        Encoder(obs_space, symlog=True, **sizes, cnn_keys="$^", mlp_keys="$^")

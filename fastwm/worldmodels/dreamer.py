@@ -91,6 +91,8 @@ class WorldModel(nn.Module):
     def recon_losses(self, recon: dict[str, Tensor], batch: dict[str, Tensor]) -> dict:
         losses = {}
         for key, space in self.obs_space.items():
+            if key not in recon:  # decoder.cnn_keys and mlp_keys leave it out
+                continue
             if space.kind == "image":
                 loss = image_mse(recon[key], batch[key])
             elif space.kind == "discrete":
