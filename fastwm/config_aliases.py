@@ -155,6 +155,11 @@ _DREAMER: dict[str, Alias] = {
     "actor_max_std": "actor.max_std",
     "slow_target_fraction": "critic.slow_rate",
     "slow_target_update": "critic.slow_every",
+    **{f"expl_{name}": f"expl.{name}" for name in "behavior until extr_scale intr_scale".split()},
+    **{
+        f"disag_{name}": f"expl.disag_{name}"
+        for name in "target models layers units offset log action_cond".split()
+    },
     "agent.imag_length": "imag_horizon",
     "agent.imag_last": "imag_last",
     "agent.horizon": "discount_horizon",

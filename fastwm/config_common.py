@@ -48,6 +48,26 @@ class Replay:
 
 
 @dataclass(frozen=True)
+class Expl:
+    behavior: Literal["greedy", "random", "plan2explore"] = key(
+        "greedy", "who acts in training: the task's policy, chance, or one that seeks the unknown",
+        fixed=True,
+    )  # fmt: skip
+    until: int = key(0, "env_steps after which the task's policy acts; 0: never", 0)
+    extr_scale: float = key(0.0, "weight of the task's reward for plan2explore", 0)
+    intr_scale: float = key(1.0, "weight of the ensemble's disagreement", 0)
+    disag_target: Literal["stoch", "deter", "feat"] = key(
+        "stoch", "what the heads predict", fixed=True
+    )
+    disag_models: int = key(10, "heads of the ensemble", 2, fixed=True)
+    disag_layers: int = key(4, "hidden layers of a head", 1, fixed=True)
+    disag_units: int = key(400, "their width", 1, fixed=True)
+    disag_offset: int = key(1, "rows between what a head sees and what it predicts", 1)
+    disag_log: bool = key(True, "reward the logarithm of the disagreement")
+    disag_action_cond: bool = key(True, "the heads see the action too", fixed=True)
+
+
+@dataclass(frozen=True)
 class Eval:
     every: int = key(10_000, "env_steps between evaluations; 0: none", 0)
     episodes: int = key(10, "episodes per evaluation", 1)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fastwm.config_common import Checkpoint, Env, Eval, Log, Replay, group, key
+from fastwm.config_common import Checkpoint, Env, Eval, Expl, Log, Replay, group, key
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ class DreamerConfig:
     loss: Loss = group(Loss)
     retnorm: Retnorm = group(Retnorm)
     optim: Optim = group(Optim)
+    expl: Expl = group(Expl)
     eval: Eval = group(Eval)
     log: Log = group(Log)
     checkpoint: Checkpoint = group(Checkpoint)
@@ -194,6 +195,8 @@ class DreamerConfig:
         if self.decoder.depth * self.decoder.mults[-1] % self.decoder.bspace:
             channels = self.decoder.depth * self.decoder.mults[-1]
             refuse("decoder.bspace", f"a divisor of decoder.depth * decoder.mults[-1] = {channels}")
+        if self.expl.disag_offset >= self.batch_length:
+            refuse("expl.disag_offset", f"less than batch_length = {self.batch_length}")
         if self.replay.capacity < self.envs * (self.batch_length + 1):
             refuse(
                 "replay.capacity",

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fastwm import config_common as common
 from fastwm import config_dreamer as newer
-from fastwm.config_common import Checkpoint, Env, Eval, Log, group, key
+from fastwm.config_common import Checkpoint, Env, Eval, Expl, Log, group, key
 
 HEADS = ("decoder", "reward", "cont")
 
@@ -172,6 +172,7 @@ class DreamerConfig2023:
     loss: Loss = group(Loss)
     retnorm: newer.Retnorm = group(newer.Retnorm)
     optim: Optim = group(Optim)
+    expl: Expl = group(Expl)
     eval: Eval = group(Eval)
     log: Log = group(Log)
     checkpoint: Checkpoint = group(Checkpoint)
@@ -186,6 +187,8 @@ class DreamerConfig2023:
             refuse("actor.min_std", f"at most actor.max_std = {self.actor.max_std}")
         if self.discount_horizon == 1.0:
             refuse("discount_horizon", "more than 1 step: the discount would be 0")
+        if self.expl.disag_offset >= self.batch_length:
+            refuse("expl.disag_offset", f"less than batch_length = {self.batch_length}")
         if self.replay.capacity < self.envs * (self.batch_length + 1):
             refuse(
                 "replay.capacity",

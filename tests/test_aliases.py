@@ -77,6 +77,19 @@ def test_the_algorithm_of_2023_has_an_optimizer_for_each_part():
     assert cfg.load(["modular", "--actor_lr", "2"])[0].actor_lr == 2
 
 
+@pytest.mark.parametrize(
+    "alias, key, value",
+    [
+        ("prefill", "replay.prefill", "7"),
+        ("expl_behavior", "expl.behavior", "plan2explore"),
+        ("disag_models", "expl.disag_models", "3"),
+    ],
+)
+def test_aliases_of_exploring_and_starting(alias, key, value):
+    one, two = (cfg.load(["dreamerv3_2023", f"--{k}", value])[0] for k in (alias, key))
+    assert one == two != cfg.load(["dreamerv3_2023"])[0]
+
+
 def test_the_origin_names_the_flag_that_was_typed():
     origins = cfg.load(["dreamerv3", "--model_lr", "1e-3"])[1]
     assert origins["optim.lr"] == "command line: --model_lr"

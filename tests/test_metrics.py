@@ -39,7 +39,8 @@ def written(tmp_path_factory) -> set[str]:
         names |= set(json.loads(line))
     fp16 = [*RUN, "--eval.every", "0", "--precision", "fp16"]
     commands = [("cartpole", RUN), ("pendulum", fp16), ("dummy_image", RUN), ("cartpole", MODULAR)]
-    commands.append(("cartpole", ["dreamerv3_2023", *fp16[1:]]))
+    explore = "--expl.behavior plan2explore --expl.disag_units 8 --expl.disag_models 2".split()
+    commands.append(("cartpole", ["dreamerv3_2023", *fp16[1:], *explore]))
     for task, argv in commands:
         run = tmp_path_factory.mktemp("metrics") / task
         assert train.main([*argv, "--task", task, "--logdir", str(run)]) == 0

@@ -17,6 +17,7 @@ from fastwm.agents.video import open_loop_video
 from fastwm.behavior import Actor, Critic, ReturnNorm, imag_loss, repl_loss
 from fastwm.config import DreamerConfig
 from fastwm.cudagraph import CudaRecorder, GraphedUpdate
+from fastwm.explore import Explorer
 from fastwm.nets import FirstLayers
 from fastwm.optim import LaProp, LossScale
 from fastwm.rssm import feat
@@ -29,12 +30,13 @@ class Noise(NamedTuple):
     """Every random draw of one update; None stands for the mode.
 
     posterior (B, T, S) and prior (I, N, S) are uniform; action (I+1, N, ...) is what
-    `Actor.noise` draws, with N = B*T.
+    `Actor.noise` draws, with N = B*T. explore holds prior and action for the explorer's rollout.
     """
 
     posterior: Tensor | None
     prior: Tensor | None
     action: Tensor | None
+    explore: tuple[Tensor, Tensor] | None = None
 
 
 class Losses(NamedTuple):
@@ -45,6 +47,7 @@ class Losses(NamedTuple):
     metrics: dict[str, Tensor]
     post: Posterior
     return_range: Tensor
+    explore_range: Tensor | None = None  # of the explorer's normalizer
 
 
 class DreamerModel(nn.Module):
@@ -73,6 +76,8 @@ class DreamerModel(nn.Module):
         self.actor = Actor(size, act_space, **asdict(config.actor))
         self.critic = Critic(size, **critic)
         self.return_norm = ReturnNorm(**asdict(config.retnorm))
+        wanted = config.expl.behavior == "plan2explore"
+        self.explorer = Explorer(self.world.rssm, act_space, config) if wanted else None
 
 
 class DreamerAgent:
@@ -105,7 +110,7 @@ class DreamerAgent:
         )
         # Class indices travel in the smallest type that holds them.
         self.index_dtype = torch.uint8 if config.rssm.classes <= 256 else torch.int32
-        self.updates = 0
+        self.updates = self.acted = 0  # acted: env_steps of training
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)  # the same, there
         self.step = self.update_on_device
         if config.cudagraphs == "on" and self.device.type != "cuda":
@@ -132,6 +137,7 @@ class DreamerAgent:
             "actor": self.model.actor,
             "critic": self.model.critic.net,
         }
+        parts |= {"explorer": self.model.explorer} if self.model.explorer else {}
         counts = {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()}
         return counts | {"total": sum(counts.values())}
 
@@ -190,9 +196,20 @@ class DreamerAgent:
         obs = {key: torch.as_tensor(rows[key]).to(self.device) for key in self.obs_space}
         is_first = torch.as_tensor(rows["is_first"]).to(self.device)
         source = self.act_generator if generator is None else generator
+        mode, actor = self.who_acts(mode, len(is_first))
         with self.autocast():
-            action, state = self.policy.step(obs, state, is_first, mode, source)
+            action, state = self.policy.step(obs, state, is_first, mode, source, actor)
         return action.cpu().numpy(), state, self.latents(state)
+
+    def who_acts(self, mode: str, count: int) -> tuple[str, Actor]:
+        """How actions are chosen, and by whom: in training by the explorer while it is wanted."""
+        expl, acted = self.config.expl, self.acted
+        self.acted += count if mode in ("train", "random") else 0
+        if mode != "train" or expl.behavior == "greedy" or 0 < expl.until <= acted:
+            return mode, self.model.actor
+        if expl.behavior == "random":
+            return "random", self.model.actor
+        return mode, self.model.explorer.actor
 
     def latents(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a replay row keeps of an acting state."""
@@ -210,11 +227,12 @@ class DreamerAgent:
         def uniform(*shape: int) -> Tensor:
             return torch.rand(*shape, generator=self.generator, device=self.device)
 
-        return Noise(
-            uniform(batch, length, rssm.stoch),
-            uniform(horizon, starts, rssm.stoch),
-            self.model.actor.noise((horizon + 1, starts), self.generator),
-        )
+        def rollout() -> tuple[Tensor, Tensor]:
+            action = self.model.actor.noise((horizon + 1, starts), self.generator)
+            return uniform(horizon, starts, rssm.stoch), action
+
+        posterior, (prior, action) = uniform(batch, length, rssm.stoch), rollout()
+        return Noise(posterior, prior, action, rollout() if self.model.explorer else None)
 
     def losses(self, batch: dict[str, Tensor], noise: Noise, *, normalize: bool = True) -> Losses:
         """All loss terms of one batch (see fastwm.replay for its keys), already on the device.
@@ -227,10 +245,22 @@ class DreamerAgent:
             terms, metrics = world.losses(batch, post)
             last = min(config.imag_last or post.deter.shape[1], post.deter.shape[1])
             behavior, more, limits = self.behavior_losses(batch, post, last, noise, normalize)
-        terms, metrics = terms | behavior, metrics | more
-        scales = asdict(config.loss) | {"recon": config.loss.rec}
+            explored = self.explorer_losses(batch, post, last, noise)
+        terms, metrics = terms | behavior | explored[0], metrics | more | explored[1]
+        scales = asdict(config.loss) | {"recon": config.loss.rec, "expl": 1.0}
         total = sum(scales[name.split("/")[0]] * term.mean() for name, term in terms.items())
-        return Losses(total, terms, metrics, post, limits)
+        return Losses(total, terms, metrics, post, limits, explored[2])
+
+    def explorer_losses(
+        self, batch: dict[str, Tensor], post: Posterior, last: int, noise: Noise
+    ) -> tuple[dict, dict, Tensor | None]:
+        """Terms, metrics and range of the explorer's normalizer; nothing where there is none."""
+        if self.model.explorer is None:
+            return {}, {}, None
+        discount = 1.0 if self.config.contdisc else 1.0 - 1.0 / self.config.discount_horizon
+        options = {"discount": discount, "lam": self.config.lam, "actent": self.config.actent}
+        start, world = self.starts(post, last), self.model.world
+        return self.model.explorer.losses(world, batch, post, start, noise.explore, options)
 
     def behavior_losses(
         self, batch: dict[str, Tensor], post: Posterior, last: int, noise: Noise, normalize: bool
@@ -309,8 +339,7 @@ class DreamerAgent:
         }
         first = FirstLayers(list(heads.values()))
         draws = iter([None] * (horizon + 1) if noise.action is None else noise.action)
-        start = (post.deter[:, -last:].detach(), post.stoch[:, -last:].detach())
-        deter, stoch = (x.reshape(-1, *x.shape[2:]) for x in start)
+        deter, stoch = self.starts(post, last)
         steps: list[tuple[Tensor, ...]] = []
 
         def policy(features: Tensor) -> Tensor:
@@ -321,6 +350,10 @@ class DreamerAgent:
         features, action = model.world.rssm.imagine(deter, stoch, policy, horizon, noise.prior)
         products = (torch.stack(parts, 1) for parts in zip(*steps, strict=True))
         return features, action, dict(zip(heads, products, strict=True))
+
+    def starts(self, post: Posterior, last: int) -> tuple[Tensor, Tensor]:
+        """Where imagination begins, (N, D) and (N, S, K): the last rows of the posterior."""
+        return tuple(x[:, -last:].detach().flatten(0, 1) for x in (post.deter, post.stoch))
 
     @torch.no_grad()
     def behavior_metrics(self, out, reward, cont, slow, policy, limits) -> dict[str, Tensor]:
@@ -367,6 +400,9 @@ class DreamerAgent:
         self.model.return_norm.commit(out.return_range, applied)
         self.counter += 1
         self.model.critic.follow(self.counter, applied)
+        if self.model.explorer:
+            self.model.explorer.return_norm.commit(out.explore_range, applied)
+            self.model.explorer.critic.follow(self.counter, applied)
         self.loss_terms = {name: term.detach() for name, term in out.terms.items()}
         metrics = {f"loss/{name}": term.mean() for name, term in self.loss_terms.items()}
         metrics |= out.metrics
@@ -448,6 +484,7 @@ class DreamerAgent:
             "generator": self.generator.get_state(),
             "act_generator": self.act_generator.get_state(),
             "updates": self.updates,
+            "acted": self.acted,
             "loss_scale": self.loss_scale and self.loss_scale.state_dict(),
         }
 
@@ -456,7 +493,7 @@ class DreamerAgent:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         self.act_generator.set_state(state["act_generator"].cpu())
-        self.updates = int(state["updates"])
+        self.updates, self.acted = int(state["updates"]), int(state.get("acted", 0))
         self.counter.fill_(self.updates)
         if self.loss_scale is not None and state.get("loss_scale"):  # precision may change
             self.loss_scale.load_state_dict(state["loss_scale"])

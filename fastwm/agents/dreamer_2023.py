@@ -13,6 +13,7 @@ from fastwm.agents.policy import RecurrentPolicy, pack_policy
 from fastwm.behavior import ReturnNorm
 from fastwm.behavior_2023 import Actor, Behavior, Critic, frozen
 from fastwm.config import DreamerConfig2023
+from fastwm.explore import Disagreement
 from fastwm.optim_scaled import ScaledAdam
 from fastwm.spaces import Space
 from fastwm.worldmodels.dreamer import Posterior
@@ -49,6 +50,11 @@ class DreamerModel2023(nn.Module):
             grad_heads=config.grad_heads,
         )
         self.task = self.behavior(act_space, config)
+        self.explorer = self.disagreement = None
+        if config.expl.behavior == "plan2explore":
+            rssm = self.world.rssm
+            self.disagreement = Disagreement(rssm, act_space.encoded_size, config.expl)
+            self.explorer = self.behavior(act_space, config)
 
     def behavior(self, act_space: Space, config: DreamerConfig2023) -> Behavior:
         size, critic = self.world.rssm.feat_size, asdict(config.critic)
@@ -97,7 +103,7 @@ class DreamerAgent2023(DreamerAgent):
         self.policy = RecurrentPolicy(self.model.world.encoder, self.model.world.rssm,
                                       self.model.actor)  # fmt: skip
         self.index_dtype = torch.uint8  # unused: no latents are stored
-        self.updates = 0
+        self.updates = self.acted = 0  # acted: env_steps of training
         self.loss_terms: dict[str, Tensor] = {}
 
     def make_optimizers(self) -> dict[str, ScaledAdam]:
@@ -107,6 +113,10 @@ class DreamerAgent2023(DreamerAgent):
             "actor": (model.task.actor, options.actor),
             "critic": (model.task.critic, options.critic),
         }
+        if model.explorer:
+            parts["disag"] = (model.disagreement, options.model)
+            parts["expl_actor"] = (model.explorer.actor, options.actor)
+            parts["expl_critic"] = (model.explorer.critic, options.critic)
         made = {}
         for name, (module, adam) in parts.items():
             params = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
@@ -134,38 +144,57 @@ class DreamerAgent2023(DreamerAgent):
         total = sum(scales[name.split("/")[0]] * term.mean() for name, term in terms.items())
         return total, terms, metrics, post
 
-    def starts(self, post: Posterior) -> tuple[Tensor, Tensor]:
-        """Where imagination begins, (N, D) and (N, S, K): the last rows of the posterior."""
-        last = self.config.imag_last
-        return tuple(x[:, -last:].detach().flatten(0, 1) for x in (post.deter, post.stoch))
-
     def learn_behavior(
-        self, post: Posterior, noise: Noise, healthy: Tensor
+        self, post: Posterior, draws: tuple, healthy: Tensor, prefix: str = ""
     ) -> tuple[dict, dict, Tensor]:
-        """One update of actor and critic: losses, metrics, whether all is well."""
-        world, task = self.model.world, self.model.task
+        """One update of actor and critic: losses, metrics, whether all is well.
+
+        prefix: "" for the task's, "expl_" for the explorer's.
+        """
+        model, horizon = self.model, self.config.imag_horizon
+        task = model.explorer if prefix else model.task
 
         def heads(features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-            return world.reward_mean(features), world.cont_mean(features)
+            reward = model.world.reward_mean(features)
+            if prefix:
+                reward = model.disagreement.mixed(features, action, reward)
+            return reward, model.world.cont_mean(features)
 
-        draws = (noise.prior, noise.action)
-        with frozen(world, task.critic), self.autocast():
-            out = task.imagine(
-                world.rssm, self.starts(post), heads, draws, self.config.imag_horizon
-            )
+        start = self.starts(post, self.config.imag_last)
+        others = [model.world, task.critic, *([model.disagreement] if prefix else [])]
+        with frozen(*others), self.autocast():
+            out = task.imagine(model.world.rssm, start, heads, draws, horizon)
         policy_loss = out.policy_loss.mean()
-        actor, applied, well = self.optimizers["actor"].descend(policy_loss, healthy)
+        actor, applied, well = self.optimizers[f"{prefix}actor"].descend(policy_loss, healthy)
         with self.autocast():
             value_losses, slow = task.critic_loss(out)
         value_loss = value_losses.mean()
-        critic, critic_applied, critic_well = self.optimizers["critic"].descend(value_loss, healthy)
+        critic, critic_applied, critic_well = self.optimizers[f"{prefix}critic"].descend(
+            value_loss, healthy
+        )
         task.return_norm.commit(out.limits, applied)
         task.critic.follow(self.updates, critic_applied)
         metrics = out.metrics | {"slowval": slow.mean()}
-        metrics |= {f"opt/actor_{name}": value for name, value in actor.items()}
-        metrics |= {f"opt/critic_{name}": value for name, value in critic.items()}
+        if not prefix:
+            metrics |= {f"opt/actor_{name}": value for name, value in actor.items()}
+            metrics |= {f"opt/critic_{name}": value for name, value in critic.items()}
         losses = {"policy": policy_loss.detach(), "value": value_loss.detach()}
         return losses, metrics, well & critic_well
+
+    def learn_explorer(
+        self, batch: dict[str, Tensor], post: Posterior, noise: Noise, healthy: Tensor
+    ) -> tuple[dict, dict, Tensor]:
+        """One update of the ensemble, and of the actor and critic that it rewards."""
+        if self.model.explorer is None:
+            return {}, {}, healthy
+        action = self.model.world.encode_action(batch["prev_action"])
+        with self.autocast():
+            loss = self.model.disagreement.losses(post, action, batch["is_first"]).mean()
+        _, _, well = self.optimizers["disag"].descend(loss, healthy)
+        losses, metrics, more = self.learn_behavior(post, noise.explore, healthy, "expl_")
+        losses = {"disag": loss.detach(), **losses}
+        kept = {f"expl/{name}": metrics[name] for name in ("rew", "ent")}
+        return {f"expl/{name}": value for name, value in losses.items()}, kept, well & more
 
     def update(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One step of the world model, then, through its new weights, of actor and critic.
@@ -180,11 +209,16 @@ class DreamerAgent2023(DreamerAgent):
         model, _, well = self.optimizers["model"].descend(total)
         self.updates += 1
         healthy = torch.isfinite(total.detach())  # bad data say nothing to actor and critic either
-        losses, more, behavior_well = self.learn_behavior(post, noise, healthy)
-        self.loss_terms = {name: term.detach() for name, term in terms.items()} | losses
-        metrics |= more | {f"loss/{name}": term.mean() for name, term in self.loss_terms.items()}
+        draws = (noise.prior, noise.action)
+        losses, more, behavior_well = self.learn_behavior(post, draws, healthy)
+        explored, extra, explorer_well = self.learn_explorer(batch, post, noise, healthy)
+        terms = {name: term.detach() for name, term in terms.items()}
+        self.loss_terms = terms | losses | explored
+        metrics |= (
+            more | extra | {f"loss/{name}": term.mean() for name, term in self.loss_terms.items()}
+        )
         metrics |= {f"opt/{name}": value for name, value in model.items()}
-        metrics |= {"opt/loss": total.detach(), "opt/finite": well & behavior_well}
+        metrics |= {"opt/loss": total.detach(), "opt/finite": well & behavior_well & explorer_well}
         return metrics, {}
 
     def save_policy(self, path: str | Path) -> None:
@@ -209,6 +243,7 @@ class DreamerAgent2023(DreamerAgent):
             "generator": self.generator.get_state(),
             "act_generator": self.act_generator.get_state(),
             "updates": self.updates,
+            "acted": self.acted,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -217,4 +252,4 @@ class DreamerAgent2023(DreamerAgent):
             part.load_state_dict(state["optimizers"][name])
         self.generator.set_state(state["generator"].cpu())
         self.act_generator.set_state(state["act_generator"].cpu())
-        self.updates = int(state["updates"])
+        self.updates, self.acted = int(state["updates"]), int(state.get("acted", 0))

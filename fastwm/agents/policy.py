@@ -42,8 +42,11 @@ class RecurrentPolicy(nn.Module):
         is_first: Tensor,  # (N,) bool
         mode: str,
         generator: torch.Generator,
+        actor: Actor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Actions (N, *shape) and the next state; `is_first` rows forget theirs.
+
+        actor: in place of the policy's own.
 
         mode: "train" and "sample" draw actions, "greedy" takes the most likely ones, "random" draws
         them without looking.
@@ -60,7 +63,7 @@ class RecurrentPolicy(nn.Module):
             action = self.actor.random(count, generator)
         else:
             draw = None if mode == "greedy" else self.actor.noise((count,), generator)
-            action = self.actor(feat(deter, stoch)).sample(draw)
+            action = (actor or self.actor)(feat(deter, stoch)).sample(draw)
         return self.actor.to_env(action), {"deter": deter, "stoch": stoch, "action": action}
 
 
