@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from test_replay_import import cartpole_data
 from test_resume import assert_same_run, latest
 
 import fastwm
@@ -97,6 +98,17 @@ def test_the_example_runs_from_the_command_line(tmp_path):
     assert train.main(argv(tmp_path / "run", "cartpole", 80, *more)) == 0
     assert "GatedDynamics" in (tmp_path / "run" / "config.toml").read_text()
     fastwm.load_policy(tmp_path / "run")
+
+
+def test_the_warm_up_ends_on_stored_episodes_too(tmp_path):
+    (tmp_path / "data").mkdir()
+    cartpole_data(tmp_path / "data")
+    source = ["--offline_traindir", str(tmp_path / "data"), "--eval.every", "0"]
+    assert train.main(argv(tmp_path / "run", "offline", 96, *source)) == 0
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in rows]
+    assert rows[0]["train/warmup_phase"] == 1 and "train/actor_loss" not in rows[0]
+    assert rows[-1]["train/warmup_phase"] == 0 and "train/actor_loss" in rows[-1]
 
 
 def test_a_run_keeps_its_components(finished, capsys):

@@ -20,6 +20,8 @@ class OfflineRun(OnlineRun):
 
     def act(self) -> None:
         self.env_steps += self.config.envs
+        if hasattr(self.agent, "env_steps"):  # it counts what it acts on, which is nothing here
+            self.agent.env_steps = self.env_steps
 
     def evaluate_if_due(self) -> None:
         if self.make_envs is not None:
