@@ -9,8 +9,9 @@ from fastwm import ops
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "variant" in metafunc.fixturenames:
-        own = "rssm" in metafunc.module.__name__
+    module = metafunc.module.__name__  # test_rssm_cuda has a variant of its own
+    if "variant" in metafunc.fixturenames and module != "test_rssm_cuda":
+        own = "rssm" in module
         names = ["reference", "fused"] + ([] if own else ["cuda"])
         metafunc.parametrize("variant", names, indirect=True)
 

@@ -3,6 +3,8 @@
 Both loops, the library's products with kernels between them and the phase kernels.
 """
 
+import shutil
+
 import emulate
 import pytest
 import test_rssm_raw
@@ -79,6 +81,8 @@ def in_order(scan):
 
 @pytest.fixture(params=["gemm", "phase"])
 def raw(request, monkeypatch):
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler (c++)")
     monkeypatch.setenv("FASTWM_RSSM", request.param)
     return emulate.load()
 
