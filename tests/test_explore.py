@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,3 +211,19 @@ def test_training_follows_the_explorer_and_evaluation_the_task(algorithm):
 def test_settings_that_cannot_be():
     with pytest.raises(config.ConfigError, match="expl.disag_offset: expected less than batch_len"):
         config.load(["dreamerv3", "debug", "--expl.disag_offset", "8"])
+
+
+def test_the_measurement_counts_what_was_seen(monkeypatch):
+    """benchmarks/explore_minigrid.py, for a few steps and without an update."""
+    pytest.importorskip("minigrid")
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    import explore_minigrid as bench
+
+    argv = ["dreamerv3", "cartpole", *bench.SMALL, "--task", "explore_minigrid:make"]
+    found = bench.measure([*argv, "--expl.behavior", "random"], 160, 80)
+    (first, second), updates = found["curve"], found["updates"]
+    assert updates == 0 and first["env_steps"] == 80 and second["env_steps"] == 160
+    assert 1 < first["cells"] <= second["cells"] <= second["states"] <= 160
+    env = bench.make()
+    rows = [env.reset(seed=seed)[0] for seed in (1, 2)]  # one world, whatever the seed
+    assert all(np.array_equal(rows[0][key], rows[1][key]) for key in rows[0])
