@@ -6,6 +6,7 @@ The losses are plain functions of tensors. Source: arXiv:2301.04104 and its 2024
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,6 +120,13 @@ class Critic(nn.Module):
         if self.slow_every > 1:
             finite = finite & (updates % self.slow_every == 0)
         ops.ema_(list(self.slow.parameters()), list(self.net.parameters()), self.slow_rate, finite)
+
+    def copies(self, params: Sequence[nn.Parameter]) -> ops.Copies:
+        """`follow` as what an optimizer of `params` writes along; none if not due at every step."""
+        if self.slow_every > 1:
+            return ops.Copies()
+        slow = dict(zip(self.net.parameters(), self.slow.parameters(), strict=True))
+        return ops.Copies([slow.get(p) for p in params], self.slow_rate)
 
 
 class ReturnNorm(nn.Module):

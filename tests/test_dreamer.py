@@ -369,8 +369,9 @@ def test_imagining_from_the_last_rows_only():
     assert bool(metrics["opt/finite"]) and latents["deter"].shape == (3, 6, 16)
 
 
-def test_the_slow_critic_follows_at_its_own_pace():
-    agent = tiny_agent(**{"critic.slow_every": 2, "critic.slow_rate": 0.25})
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_slow_critic_follows_at_its_own_pace(every):
+    agent = tiny_agent(**{"critic.slow_every": every, "critic.slow_rate": 0.25})
     batch, critic = random_batch(agent), agent.model.critic
     for update in range(1, 5):
         before = [p.clone() for p in critic.slow.parameters()]
@@ -378,7 +379,7 @@ def test_the_slow_critic_follows_at_its_own_pace():
         for old, slow, fast in zip(
             before, critic.slow.parameters(), critic.net.parameters(), strict=True
         ):
-            wanted = old if update % 2 else 0.75 * old + 0.25 * fast
+            wanted = old if update % every else 0.75 * old + 0.25 * fast
             torch.testing.assert_close(slow, wanted)
     assert not torch.equal(critic.slow.out.weight, critic.net.out.weight)
 

@@ -104,6 +104,7 @@ class DreamerAgent:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.act_generator = torch.Generator(self.device).manual_seed(seed + (1 << 40))
         self.optimizer = LaProp(self.trainable(), **asdict(config.optim))
+        self.copies = self.model.critic.copies(self.optimizer.params)
         self.loss_scale = LossScale(self.device) if self.precision == "fp16" else None
         self.policy = RecurrentPolicy(
             self.model.world.encoder, self.model.world.rssm, self.model.actor
@@ -399,7 +400,8 @@ class DreamerAgent:
         grad_norm, applied, finite = self.descend(out.total)
         self.model.return_norm.commit(out.return_range, applied)
         self.counter += 1
-        self.model.critic.follow(self.counter, applied)
+        if not self.copies.slow:
+            self.model.critic.follow(self.counter, applied)
         if self.model.explorer:
             self.model.explorer.return_norm.commit(out.explore_range, applied)
             self.model.explorer.critic.follow(self.counter, applied)
@@ -421,12 +423,11 @@ class DreamerAgent:
         all is well. An overflow that a smaller loss scale can cure is well: it costs one update.
         """
         loss, scale = total.detach(), self.loss_scale
+        factor = 1.0 if scale is None else scale.value
+        (total if scale is None else total * factor).backward()
+        grad_norm, applied = self.optimizer.step(loss, factor, self.copies)
         if scale is None:
-            total.backward()
-            grad_norm, applied = self.optimizer.step(loss)
             return grad_norm, applied, applied
-        (total * scale.value).backward()
-        grad_norm, applied = self.optimizer.step(loss, scale.value)
         finite = applied | (torch.isfinite(loss) & scale.can_shrink())
         scale.follow(applied)
         return grad_norm, applied, finite
