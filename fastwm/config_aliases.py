@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastwm.config_aliases_ha import HA, REFUSED_HA
 from fastwm.settings import ConfigError
 
 
@@ -223,10 +224,16 @@ _DREAMER_2023: dict[str, Alias] = {
     "decoder.cnn_sigmoid": "decoder.sigmoid",
 }
 
+_HA: dict[str, Alias] = {
+    name: Convert(alias[2], alias[0], alias[1]) if isinstance(alias, tuple) else alias
+    for name, alias in HA.items()
+}
+
 ALIASES: dict[str, dict[str, Alias]] = {
     "dreamerv3": COMMON | _DREAMER,
     "dreamerv3_2023": COMMON | _DREAMER_2023,
     "random": COMMON | _DREAMER,
+    "ha": COMMON | _HA,
 }  # an algorithm that is not named here has COMMON
 
 VALUES: dict[str, dict[str, str]] = {  # spellings of values, under our own keys
@@ -284,9 +291,10 @@ def translate(
         return {name: VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value}
     alias = table(algorithm).get(name)
     if alias is None or not _fits(alias, known):
-        if name in REFUSED:
+        refused = REFUSED | (REFUSED_HA if algorithm == "ha" else {})
+        if name in refused:
             raise ConfigError(
-                f"{name}: expected a setting of {algorithm}, got one of other code; {REFUSED[name]}"
+                f"{name}: expected a setting of {algorithm}, got one of other code; {refused[name]}"
             )
         return None
     if isinstance(alias, str):

@@ -166,8 +166,8 @@ class HaConfig:
             refuse("stage", f"all, or some of {', '.join(STAGES)} with commas")
         count = len(self.ctrl.generations)
         for name in ("samples", "time_limit"):
-            if len(getattr(self.ctrl, name)) != count:
-                refuse(f"ctrl.{name}", f"one number for each phase of ctrl.generations ({count})")
+            if len(getattr(self.ctrl, name)) not in (1, count):
+                refuse(f"ctrl.{name}", f"one number, or one for each of ctrl.generations ({count})")
         if self.ctrl.world == "dream" and not self.rnn.done:
             refuse("rnn.done", "true, because a dream ends where M says so")
         if self.ctrl.pop * max(self.ctrl.samples) > 1_000_000:

@@ -139,3 +139,77 @@ def test_help_finds_aliases(capsys):
     with pytest.raises(SystemExit):
         load("--help", "model_lr")
     assert "--model_lr" in (text := capsys.readouterr().out) and "the same as --optim.lr" in text
+
+
+def ha(*argv: str):
+    return cfg.load(["ha", *argv])[0]
+
+
+@pytest.mark.parametrize(
+    "argv, same",
+    [
+        (["--env", "CarRacing-v2"], []),
+        (["--env", "BipedalWalker-v3"], ["--task", "gymnasium:BipedalWalker-v3"]),
+        (["--latent_size", "16"], ["--vae.latent", "16"]),
+        (["--rnn_hidden", "128"], ["--rnn.hidden", "128"]),
+        (
+            ["--vae_epochs", "50", "--rnn_epochs", "30"],
+            ["--vae.epochs", "50", "--rnn.epochs", "30"],
+        ),
+        (["--ctrl_pop_size", "16"], ["--ctrl.pop", "16"]),
+        (["--ctrl_samples", "4"], ["--ctrl.samples", "4"]),
+        (["--ctrl_time_limit", "500"], ["--ctrl.time_limit", "500"]),
+        (["--ctrl_target", "900"], ["--ctrl.target", "900"]),
+        (["--num_rollouts", "1000"], ["--collect.episodes", "1000"]),
+        (["--nosamples"], ["--vae.sample_interval", "0", "--rnn.sample_interval", "0"]),
+        (["--nosamples", "false"], []),
+        (["--seq_len", "32"], ["--rnn.batch_length", "32"]),
+        (["--vae.learning_rate", "2e-3"], ["--vae.lr", "2e-3"]),
+        (["--mdrnn.learning_rate", "2e-3"], ["--rnn.lr", "2e-3"]),
+        (["--WMControllerConfig.pop_size", "10"], ["--ctrl.pop", "10"]),
+        (["--WMVAEConfig.height", "64"], []),
+        (["--include_reward", "true"], ["--rnn.reward", "true"]),
+        (["--max-workers", "8"], ["--ctrl.env_threads", "8"]),
+        (["--generate_only"], ["--generate_only", "true"]),
+    ],
+)
+def test_names_of_world_models(argv, same):
+    assert ha(*argv) == ha(*same)
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--noreload"], ["noreload", "another --logdir"]),
+        (["--no_precompute_latents"], ["stage latents"]),
+        (["--learning_rate", "1"], ["--vae.lr or --rnn.lr"]),
+        (["--WMVAEConfig.width", "96"], ["expected 64", "got '96'"]),
+        (["--vae_epoch", "1"], ["unknown key 'vae_epoch'", "vae_epochs"]),
+        (["--ctrl_samples", "1,2,3"], ["ctrl.samples: expected one number, or one for each"]),
+    ],
+)
+def test_bad_names_of_world_models_say_what_to_do(argv, parts):
+    with pytest.raises(cfg.ConfigError) as error:
+        ha(*argv)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_every_field_of_the_three_configurations_is_known():
+    """The fields that torchwm documents, each as an alias, a key of ours, or with a reason."""
+    fields = {
+        "vae": "height width latent_size train_batch_size num_epochs learning_rate nosamples "
+        "scheduler_patience scheduler_factor early_stopping_patience sample_interval",
+        "mdrnn": "latent_size hidden_size gmm_components batch_size seq_len num_epochs "
+        "learning_rate include_reward scheduler_patience scheduler_factor early_stopping_patience",
+        "ctrl": "latent_size hidden_size env_name n_samples pop_size target_return max_workers "
+        "time_limit",
+    }
+    classes = {"vae": "WMVAEConfig", "mdrnn": "WMMDNRNNConfig", "ctrl": "WMControllerConfig"}
+    schema = cfg.flatten(cfg.SCHEMAS["ha"]())
+    table = config_aliases.table("ha")
+    for part, names in fields.items():
+        for name in names.split():
+            assert f"{part}.{name}" in table or f"{part}.{name}" in schema, (part, name)
+            assert f"{classes[part]}.{name}" in table, (part, name)
+    assert {"device", "data_dir", "logdir", "stage", "generate_only", "test"} <= set(schema)
+    assert {"noreload", "extra", "display", "action_size"} <= set(config_aliases.REFUSED_HA)

@@ -84,7 +84,8 @@ class CtrlStage:
     def _generation(self) -> None:
         run, options, began = self.run, self.options, time.monotonic()
         phase = int(np.searchsorted(self.ends, self.generation, side="right"))
-        samples, limit = options.samples[phase], options.time_limit[phase]
+        # One number stands for all phases.
+        samples, limit = (x[min(phase, len(x) - 1)] for x in (options.samples, options.time_limit))
         branch = (run.config.seed, TRAIN, self.generation)
         seeds = [seed_of(*branch, i) for i in range(samples)]
         asked = self.search.ask()
