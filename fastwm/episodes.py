@@ -225,7 +225,8 @@ class Frames:
 class Windows:
     """Where sequences of T decisions may be cut out of episodes: never across their borders.
 
-    An episode shorter than T gives one window; the rows beyond its end have weight 0.
+    Rows beyond an episode's end have weight 0; they are at most half of a window, or what an
+    episode shorter than that leaves.
     """
 
     def __init__(self, store: EpisodeStore, episodes: np.ndarray, length: int) -> None:
@@ -234,7 +235,9 @@ class Windows:
         self.store, self.length = store, int(length)
         self.episodes = np.asarray(episodes, np.int64)
         decisions = store.lengths[self.episodes] - 1
-        self.counts = np.maximum(decisions - length + 1, 1)  # windows that start in each episode
+        # Up to half a window may lie beyond the end: otherwise the end of an episode would be the
+        # last row of a single window, and M would hardly ever see one.
+        self.counts = np.maximum(decisions - length // 2, 1)  # windows that start in each episode
         self.total = int(self.counts.sum())
         self._ends = np.cumsum(self.counts)
 

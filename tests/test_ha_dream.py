@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastwm.episodes import EpisodeStore, Windows
 from fastwm.loops.ha_search import Search
 from fastwm.loops.ha_world import play
 from fastwm.worldmodels.ha import MDNRNN, Mixture, sample_next
@@ -258,3 +259,15 @@ def test_a_population_is_played_in_one_batch():
     for p in range(3):
         one = DreamWorld(rnn, controller, CODE, starts, range(4), 1.2)
         assert torch.equal(play([one], controller, params[p : p + 1], limit=50)[0][0], returns[p])
+
+
+def test_ends_of_episodes_are_learned_from(tmp_path):
+    """Over all windows an end counts half as often as a row of the middle, not 1 / T as often."""
+    store = EpisodeStore.create(tmp_path, (2, 2, 3), 1)
+    image, zeros = np.zeros((41, 2, 2, 3), np.uint8), np.zeros((41, 1), np.float32)
+    store.append(image, zeros, zeros[:, 0], True)
+    windows = Windows(store, np.array([0]), 8)
+    rows, weight, _, done = windows.rows(np.arange(len(windows)))
+    seen = np.bincount(rows[:, :-1].flatten(), weight.flatten(), 41)
+    assert seen[20] == 8 and seen[39] == 4 == done.sum()
+    assert (weight.sum(1) >= 4).all()
