@@ -1,11 +1,11 @@
 """How much of a world without rewards on the way each behavior sees while it trains.
 
-    python benchmarks/explore_minigrid.py plan2explore --seed 0 --steps 8000 --out curve.json
+    python benchmarks/explore_minigrid.py plan2explore --seed 0 --steps 4000 --out curve.json
 
-The world is MiniGrid's four rooms with one fixed layout: the agent starts in one corner, a single
-reward waits in the opposite room, an episode ends after 100 decisions. What counts is how many of
-the cells, and of the pairs of cell and direction, the training environments have been in.
-Needs `pip install minigrid`.
+The world is MiniGrid's empty room of 14 x 14 cells (or `--world FourRooms`, one fixed layout): the
+agent starts in one corner, a single reward waits in the opposite one, an episode ends after 100
+decisions. What counts is how many of the cells, and of the pairs of cell and direction, the
+training environments have been in. Needs `pip install minigrid`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 
 from fastwm import assemble, config
 
-SIDE, CLASSES = 19, 10.0  # cells of a side; object types of a view, about
+SIDE, CLASSES = 19, 10.0  # cells of the largest side; object types of a view, about
 
 SMALL = (  # networks as in the preset cartpole, and an ensemble to go with them
-    "--envs 8 --batch_size 16 --batch_length 32 --train_ratio 32 --imag_last 16 --threads 1 "
-    "--replay.capacity 100000 --expl.disag_models 8 --expl.disag_layers 2 --expl.disag_units 128 "
+    "--envs 8 --batch_size 8 --batch_length 32 --train_ratio 32 --imag_last 8 --threads 1 "
+    "--rssm.deter 128 --expl.disag_models 8 --expl.disag_layers 2 --expl.disag_units 64 "
     "--log.tensorboard false --log.every_s 0 --eval.every 0 --checkpoint.every 0"
 ).split()
 
@@ -48,11 +48,12 @@ class Corner(gymnasium.ObservationWrapper):
         return {"view": view, "place": place, "direction": int(observation["direction"])}
 
 
-def make() -> gymnasium.Env:
+def make(world: str = "Empty-16x16") -> gymnasium.Env:
     """The task, for `--task explore_minigrid:make`."""
     from minigrid.wrappers import ReseedWrapper
 
-    env = gymnasium.make("MiniGrid-FourRooms-v0", agent_pos=(2, 2), goal_pos=(16, 16))
+    corners = {"agent_pos": (2, 2), "goal_pos": (16, 16)} if world == "FourRooms" else {}
+    env = gymnasium.make(f"MiniGrid-{world}-v0", max_steps=100, **corners)
     return Corner(ReseedWrapper(env, seeds=(0,)))
 
 
@@ -85,13 +86,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("behavior", choices=["greedy", "random", "plan2explore"])
     parser.add_argument("--algorithm", default="dreamerv3", help="or dreamerv3_2023")
+    parser.add_argument("--world", default="Empty-16x16", help="or FourRooms")
     parser.add_argument("--seed", default="0")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--every", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--every", type=int, default=400)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     argv = [args.algorithm, "cartpole", *SMALL, "--task", "explore_minigrid:make"]
     argv += ["--seed", args.seed, "--expl.behavior", args.behavior]
+    argv += ["--env.options.world", args.world]
     found = measure(argv, args.steps, args.every)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
