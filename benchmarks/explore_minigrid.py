@@ -26,6 +26,8 @@ SIDE, CLASSES = 19, 10.0  # cells of the largest side; object types of a view, a
 SMALL = (  # networks as in the preset cartpole, and an ensemble to go with them
     "--envs 8 --batch_size 8 --batch_length 32 --train_ratio 32 --imag_last 8 --threads 1 "
     "--rssm.deter 128 --expl.disag_models 8 --expl.disag_layers 2 --expl.disag_units 64 "
+    # A short horizon: values of the disagreement must be learned within a few hundred updates.
+    "--expl.disag_log false --expl.intr_scale 10 --discount_horizon 20 "
     "--log.tensorboard false --log.every_s 0 --eval.every 0 --checkpoint.every 0"
 ).split()
 
