@@ -98,11 +98,9 @@ def real_lanes(config: Any, seeds: Sequence[int]) -> Lanes:
 
 def _progress(folder: Path) -> dict[str, Any]:
     """The newest of what the stages stored: where the log and the counters stand."""
-    found = []
-    for name in FOLDERS.values():
-        path = folder / name / "checkpoint.tar"
-        if path.is_file():
-            found.append(checkpoint.load(path).get("progress"))
+    paths = [folder / "progress.pt"]
+    paths += [folder / name / "checkpoint.tar" for name in FOLDERS.values()]
+    found = [checkpoint.load(path).get("progress") for path in paths if path.is_file()]
     found = [progress for progress in found if progress]
     return max(found, key=lambda progress: progress["logger"]["bytes"], default={})
 

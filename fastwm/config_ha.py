@@ -26,9 +26,9 @@ class Env:
 
 @dataclass(frozen=True)
 class Collect:
-    episodes: int = key(128, "random episodes in the data folder", 1)
+    episodes: int = key(160, "random episodes in the data folder", 1)
     envs: int = key(64, "environments stepped together", 1)
-    length: int = key(400, "most decisions of one episode", 1)
+    length: int = key(250, "most decisions of one episode", 1)
     min_length: int = key(0, "shorter episodes are dropped", 0)
     policy: Literal["brownian", "held", "white"] = key(
         "brownian", "random actions: drifting, held for 1 to 10 steps, or new at every step"
@@ -38,7 +38,7 @@ class Collect:
 @dataclass(frozen=True)
 class Vae:
     latent: int = key(32, "size Z of the latent", 1, fixed=True)
-    epochs: int = key(3, "passes over all frames", 1)
+    epochs: int = key(2, "passes over all frames", 1)
     batch_size: int = key(64, "frames per update", 1)
     lr: float = key(1e-3, "learning rate of Adam", 0)
     free_nats: float = key(0.5, "KL per latent dimension below which it does not count, nats", 0)
@@ -95,7 +95,7 @@ class Ctrl:
     sigma: float = key(0.1, "standard deviation of the first generation", 0, fixed=True)
     cma: Literal["full", "diagonal"] = key("full", "covariance of the search", fixed=True)
     decay: float = key(0.0, "weight of the mean squared parameter, subtracted from the return", 0)
-    generations: tuple[int, ...] = key((25, 20), "in every phase of the search", 0)
+    generations: tuple[int, ...] = key((25, 15), "in every phase of the search", 0)
     samples: tuple[int, ...] = key((2, 4), "episodes per candidate, phase by phase", 1)
     time_limit: tuple[int, ...] = key((600, 1000), "most decisions of one, phase by phase", 1)
     patience: int = key(100, "decisions without a positive reward that end one; 0: never", 0)
@@ -117,7 +117,6 @@ class Dream:
 class Test:
     episodes: int = key(32, "real episodes at the end, on seeds that nothing else uses", 0)
     time_limit: int = key(1000, "most decisions of one", 1)
-    envs: int = key(32, "environments that play them in parallel", 1)
 
 
 @dataclass(frozen=True)

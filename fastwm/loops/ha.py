@@ -21,6 +21,7 @@ def train(run: HaRun, stages: dict[str, Callable[[], Any]]) -> int:
         run.stopped = stopped
         for name, work in stages.items():
             work()
+            run.note_progress()
             if stopped:
                 run.logger.say(f"stopped  in {name}; the same command goes on from here")
                 return 128 + stopped[0]

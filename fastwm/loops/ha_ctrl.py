@@ -121,20 +121,12 @@ class CtrlStage:
     def _play(
         self, params: Tensor, seeds: list[int], limit: int, patience: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Returns and lengths (P, S), in as many batches as ctrl.envs asks for."""
-        most = max(1, self.options.envs // len(seeds))
-        found = []
-        for part in params.split(most):
-            worlds = self.make_worlds(seeds, len(part))
-            try:
-                found.append(play(worlds, self.controller, part, limit=limit, patience=patience))
-            finally:
-                for world in worlds:
-                    world.close()
-        returns, lengths = (torch.cat(parts) for parts in zip(*found, strict=True))
+        found = play_all(
+            self.make_worlds, self.controller, params, seeds, self.options.envs, limit, patience
+        )
         if self.options.world == "real":
-            self.run.env_steps += int(lengths.sum())
-        return returns, lengths
+            self.run.env_steps += int(found[1].sum())
+        return found
 
     def _hold_out(self) -> dict[str, float]:
         """The mean candidate on episodes that only judge; the best one is kept."""
@@ -178,6 +170,32 @@ class CtrlStage:
         checkpoint.save(folder / "policy.pt", pack(self.policy, run.obs_space))
 
 
+def play_all(
+    make_worlds: MakeWorlds,
+    controller: Any,
+    params: Tensor,  # (P, size)
+    seeds: Sequence[int],
+    envs: int,
+    limit: int,
+    patience: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Returns and lengths (P, S) on the episodes of S seeds, at most `envs` lanes at a time."""
+    columns = []
+    for start in range(0, len(seeds), envs):
+        some = list(seeds[start : start + envs])
+        rows = []
+        for part in params.split(max(1, envs // len(some))):
+            worlds = make_worlds(some, len(part))
+            try:
+                rows.append(play(worlds, controller, part, limit=limit, patience=patience))
+            finally:
+                for world in worlds:
+                    world.close()
+        columns.append([torch.cat(values) for values in zip(*rows, strict=True)])
+    returns, lengths = (torch.cat(values, 1) for values in zip(*columns, strict=True))
+    return returns, lengths
+
+
 def load_best(run: HaRun, policy: HaPolicy) -> float:
     """Put the best controller into the policy; returns what it reached on held-out episodes."""
     stored = run.saved("ctrl", "best")
@@ -201,17 +219,11 @@ def test(run: HaRun, policy: HaPolicy, make_worlds: MakeWorlds) -> dict[str, Any
     options = run.config.final
     reached = load_best(run, policy)
     seeds = [seed_of(run.config.seed, TEST, i) for i in range(options.episodes)]
-    scores, lengths = [], []
-    for start in range(0, len(seeds), options.envs):
-        worlds = make_worlds(seeds[start : start + options.envs], 1)
-        try:
-            params = policy.params[None]
-            found = play(worlds, policy.controller, params, limit=options.time_limit)
-        finally:
-            for world in worlds:
-                world.close()
-        scores += found[0].flatten().tolist()
-        lengths += found[1].flatten().tolist()
+    envs = run.config.ctrl.envs
+    found = play_all(
+        make_worlds, policy.controller, policy.params[None], seeds, envs, options.time_limit
+    )
+    scores, lengths = (values.flatten().tolist() for values in found)
     run.env_steps += sum(lengths)
     result = {
         "mean": float(np.mean(scores)),

@@ -5,6 +5,7 @@
 <run>/latents/                  mu.npy, logvar.npy: what V says about every row
 <run>/samples/                  pictures
 <run>/checkpoint/best.pt        all three together, for eval and play; policy.pt for load_policy
+<run>/progress.pt               counters and where the log stands, of stages without a checkpoint
 """
 
 from __future__ import annotations
@@ -79,6 +80,9 @@ class HaRun:
     def save(self, stage: str, parts: dict[str, Any], which: str = "checkpoint") -> None:
         """Atomic: a killed run finds the file of before or this one, whole."""
         checkpoint.save(self.path(stage, which), {**parts, "progress": self.progress()})
+
+    def note_progress(self) -> None:
+        checkpoint.save(self.folder / "progress.pt", {"progress": self.progress()})
 
     def progress(self) -> dict[str, Any]:
         counters = {"env_steps": self.env_steps, "updates": self.updates}

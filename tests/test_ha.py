@@ -1,0 +1,314 @@
+"""`train ha`: the stages, what they leave behind, how they go on, and what they refuse."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from fastwm import assemble, assemble_ha, checkpoint, load_policy, train
+from fastwm import config as settings
+from fastwm import eval as evaluation
+from fastwm.episodes import EpisodeStore
+from fastwm.loops.ha_collect import RandomActions
+from fastwm.loops.ha_fit import EarlyStopping, fit_rnn
+from fastwm.worldmodels.ha import MDNRNN, ConvVAE
+from fastwm.worldmodels.ha_controller import ActionCode
+
+pytest.importorskip("envpool")
+QUIET = "--log.tensorboard false --threads 1 --deterministic true".split()
+
+
+def ha(run, *flags: str) -> int:
+    return train.main(["ha", "debug", "--logdir", str(run), *QUIET, *flags])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    run = tmp_path_factory.mktemp("ha") / "run"
+    assert ha(run) == 0
+    return run
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def config_of(*flags: str):
+    return settings.load(["ha", "debug", *QUIET, *flags])[0]
+
+
+def contents(run) -> dict:
+    return {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+
+
+def test_what_a_run_leaves_behind(trained):
+    for name in ("vae", "mdrnn", "ctrl"):
+        best = checkpoint.load(trained / name / "best.tar")
+        last = checkpoint.load(trained / name / "checkpoint.tar")
+        assert {"epoch", "state_dict"} <= best.keys() and last["epoch"] >= best["epoch"]
+        if name != "ctrl":
+            assert {"precision", "optimizer", "scheduler", "earlystopping"} <= last.keys()
+    assert {"epoch", "reward", "state_dict", "es"} <= checkpoint.load(
+        trained / "ctrl" / "checkpoint.tar"
+    ).keys()
+    names = {p.name for p in (trained / "samples").iterdir()}
+    assert {"vae-0001.png", "dream-0001.gif", "dream-0001.png"} <= names
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [r["env_steps"] for r in rows] == sorted(r["env_steps"] for r in rows)
+    assert rows[-1]["eval/episodes"] == 2 and "ctrl/holdout" in rows[-2]
+    test = json.loads((trained / "test.json").read_text())
+    assert test["n"] == len(test["scores"]) == 2
+    assert settings.load([str(trained / "config.toml")])[0].algorithm == "ha"
+
+
+def test_the_same_command_again_does_nothing_new(copy, capsys):
+    before = contents(copy)
+    assert ha(copy) == 0
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("3 episodes are there", "vae      done", "ctrl     done"))
+    after = contents(copy)
+    for folder in ("vae", "mdrnn", "ctrl", "latents", "data"):
+        one = {p: b for p, b in before.items() if p.parent.name == folder}
+        assert one and one == {p: after[p] for p in one}
+
+
+def test_stages_alone_equal_all_at_once(trained, tmp_path):
+    run = tmp_path / "run"
+    for stage in ("collect", "vae", "latents", "rnn", "ctrl"):
+        flags = ["--generate_only"] if stage == "collect" else ["--stage", stage]
+        assert ha(run, *flags) == 0
+    for name in ("vae/best.tar", "mdrnn/best.tar", "ctrl/best.tar"):
+        one, two = (checkpoint.load(r / name)["state_dict"] for r in (trained, run))
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    for name in ("test.json", "metrics.jsonl"):
+        assert (trained / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_every_stage_goes_on_where_it_stopped(copy, tmp_path):
+    """More of everything, in one go and on top of what is there: the same networks and search."""
+    more = "--vae.epochs 2 --rnn.epochs 2 --ctrl.generations 1,3 --collect.episodes 5".split()
+    whole = tmp_path / "whole"
+    # In one go, but with the data of the first part: V must not see the later episodes before.
+    shutil.copytree(copy / "data", whole / "data")
+    for run in (copy, whole):
+        for stage in ("vae", "latents", "rnn", "ctrl"):
+            assert ha(run, "--stage", stage, *more[:-2]) == 0
+    for name in ("vae", "mdrnn"):
+        one, two = (checkpoint.load(r / name / "checkpoint.tar") for r in (copy, whole))
+        assert one["epoch"] == 2 and one["precision"] == two["precision"]
+        assert all(
+            torch.equal(one["state_dict"][k], two["state_dict"][k]) for k in one["state_dict"]
+        )
+    assert ha(copy, "--stage", "collect", *more) == 0
+    assert len(EpisodeStore(copy / "data")) == 5
+
+
+def test_the_search_goes_on_exactly(trained, tmp_path):
+    """Three generations at once, and one with two more after a stop, end at the same mean."""
+    flags = ["--stage", "ctrl", "--final.episodes", "0"]
+    found = []
+    for name, parts in (("one", ["1,3"]), ("two", ["1,1", "1,3"])):
+        run = shutil.copytree(trained, tmp_path / name)
+        shutil.rmtree(run / "ctrl")
+        for generations in parts:
+            assert ha(run, *flags, "--ctrl.generations", generations) == 0
+        found.append(checkpoint.load(run / "ctrl" / "checkpoint.tar"))
+    one, two = found
+    assert one["epoch"] == two["epoch"] == 4
+    assert torch.equal(one["state_dict"]["fc.weight"], two["state_dict"]["fc.weight"])
+    assert np.array_equal(one["es"], two["es"])
+
+
+def test_only_the_test(copy, capsys):
+    (copy / "test.json").unlink()
+    assert ha(copy, "--test") == 0
+    assert "over 2 unseen episodes" in capsys.readouterr().out
+    assert "scores" in json.loads((copy / "test.json").read_text())
+
+
+def test_eval_and_load_policy_act_like_the_stage(copy, capsys):
+    """One controller in three ways of acting: population, agent, policy file."""
+    assert evaluation.main([str(copy), "--episodes", "2", "--envs", "2"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 2
+    config, agent, _, _ = assemble.load_run(str(copy), "best")
+    policy = load_policy(copy)
+    envs = assemble.make_envs(config)(2, 5)
+    rows, state, state2 = envs.reset(), agent.initial_state(2), None
+    for _ in range(4):
+        action, state, _ = agent.act(rows, state, "greedy")
+        action2, state2 = policy({"image": rows["image"]}, state2)
+        assert np.array_equal(action, action2)
+        rows = envs.step(action)
+    envs.close()
+
+
+def test_agent_equals_population(copy):
+    """The same returns from HaAgent.act as from the batched play of the controller stage."""
+    from fastwm.loops.ha_world import play
+
+    config, agent, _, _ = assemble.load_run(str(copy), "best")
+    lanes = assemble_ha.real_lanes(config, [4, 9])
+    rows, state, total = lanes.reset(), agent.initial_state(2), np.zeros(2, np.float32)
+    for _ in range(7):
+        action, state, _ = agent.act(rows, state, "greedy")
+        lanes.send(action, np.arange(2))
+        rows = lanes.receive()
+        total += rows["reward"]
+    lanes.close()
+    run = assemble_ha.make_run(config, copy)
+    worlds = assemble_ha.real_worlds(run, agent.policy, [4, 9], 1)
+    returns, _ = play(worlds, agent.policy.controller, agent.policy.params[None], limit=7)
+    for world in worlds:
+        world.close()
+    run.logger.close()
+    np.testing.assert_allclose(returns[0], total, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------- learning
+
+
+def aligned_store(folder, steps: int = 40) -> tuple[EpisodeStore, np.ndarray]:
+    """Episodes of a world where the next z is this one plus the action."""
+    random, latents = np.random.default_rng(0), []
+    store = EpisodeStore.create(folder, (64, 64, 3), 3)
+    for _ in range(12):
+        action = random.uniform(-1, 1, (steps, 3))
+        z = np.concatenate([np.zeros((1, 3)), np.cumsum(action[:-1], 0)])
+        latents.append(np.concatenate([z, np.zeros((steps, 1))], 1))
+        image = np.zeros((steps, 64, 64, 3), np.uint8)
+        store.append(image, action.astype(np.float32), z[:, 0].astype(np.float32), False)
+    return store, np.concatenate(latents).astype(np.float16)
+
+
+def test_memory_learns_which_action_led_where(tmp_path):
+    """z' = z + a: M must reach the noise floor, which it cannot if rows are off by one."""
+    run_folder = tmp_path / "run"
+    store, mu = aligned_store(run_folder / "data")
+    std = 0.05
+    logvar = np.full_like(mu, 2 * np.log(std))
+    (run_folder / "latents").mkdir()
+    np.save(run_folder / "latents" / "mu.npy", mu)
+    np.save(run_folder / "latents" / "logvar.npy", logvar)
+    index = {"vae": 0, "rows": store.rows, "latent": 4}
+    (run_folder / "latents" / "index.json").write_text(json.dumps(index))
+    config = config_of(
+        *"--rnn.epochs 8 --rnn.updates 100 --rnn.batch_size 16 --rnn.batch_length 16".split(),
+        *"--rnn.hidden 64 --rnn.lr 5e-3 --num_test_files 2 --rnn.sample_interval 0".split(),
+        *"--rnn.lr_decay 0.996 --rnn.mixtures 1".split(),
+    )
+    run = assemble_ha.make_run(config, run_folder)
+    rnn = MDNRNN(4, 3, 64, 1)
+    fit_rnn(run, rnn, ConvVAE(4))
+    run.logger.close()
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    # The noise of both z is left: 0.5 log(2 pi e 2 std^2). Without the right action the variance
+    # of a uniform action comes on top, which is 0.87 nats.
+    floor = 0.5 * np.log(2 * np.pi * np.e * 2 * std**2)
+    assert floor - 0.05 < rows[-1]["rnn/test_nll"] < floor + 0.45
+
+
+def test_early_stopping_counts_and_remembers():
+    stop = EarlyStopping(1)
+    assert [stop(x) for x in (3.0, 2.0, 2.5)] == [True, True, False] and not stop.over
+    other = EarlyStopping(1)
+    other.load_state_dict(stop.state_dict())
+    assert not other(2.1) and other.over
+
+
+def test_early_stopping_and_plateaus_end_the_stage(tmp_path, capsys):
+    flags = "--vae.lr 0 --vae.early_stopping_patience 1 --vae.scheduler_patience 0".split()
+    assert ha(tmp_path, "--stage", "collect,vae", "--vae.epochs", "9", *flags) == 0
+    # The first is the best; the test noise is always the same, so the second and third are not.
+    stored = checkpoint.load(tmp_path / "vae" / "checkpoint.tar")
+    assert stored["epoch"] == 3 and checkpoint.load(tmp_path / "vae" / "best.tar")["epoch"] == 1
+    assert stored["scheduler"]["_last_lr"] == [0.0] and stored["earlystopping"]["bad"] == 2
+
+
+@pytest.mark.parametrize("kind", ["brownian", "held", "white"])
+def test_random_policies_stay_in_range_and_move(kind):
+    random = RandomActions(kind, ActionCode.of("car"), 8, seed=1)
+    found = np.stack([random() for _ in range(200)])
+    assert found[..., 0].min() < -0.3 and found[..., 1:].min() >= 0 and found.max() <= 1
+    change = np.abs(np.diff(found, axis=0)).max(-1)
+    expected = {"brownian": change.max() < 1.0, "held": 0.6 < (change == 0).mean() < 0.9,
+                "white": (change > 0).all()}  # fmt: skip
+    assert expected[kind]
+
+
+# --------------------------------------------------------------------------------------- mistakes
+
+
+def refused(capsys, run, *flags: str) -> str:
+    assert ha(run, *flags) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "flags, text",
+    [
+        (["--stage", "vae"], "expected a folder with index.json, got .*data; collect some"),
+        (["--stage", "rnn"], "expected a folder with index.json"),
+        (["--stage", "ctrl"], "expected .*vae/best.tar, found none; run --stage vae first"),
+        (["--test"], "expected .*vae/best.tar, found none"),
+        (["--stage", "draem"], "stage: expected all, or some of collect, vae"),
+        (["--task", "cartpole"], "expected one observation of kind image"),
+        (["--task", "atari_pong"], "expected an action space of one choice of 3 .* got discrete"),
+        (["--env.rows", "200"], "env.rows: expected at most the 96 rows"),
+        (["--ctrl.samples", "1"], "ctrl.samples: expected one number for each phase"),
+        (["--ctrl.world", "dream"], "rnn.done: expected true"),
+        (["--collect.min_length", "99"], "expected an episode of at least .* 99"),
+    ],
+)
+def test_mistakes_end_with_one_line(tmp_path, capsys, flags, text):
+    assert re.search(text, refused(capsys, tmp_path / "run", *flags))
+
+
+def test_frames_of_another_size_are_refused(tmp_path, capsys):
+    store = EpisodeStore.create(tmp_path / "data", (32, 32, 3), 3)
+    store.append(np.zeros((4, 32, 32, 3), np.uint8), np.zeros((4, 3)), np.zeros(4), False)
+    before = contents(tmp_path / "data")
+    run, data = tmp_path / "run", ["--data_dir", str(tmp_path / "data")]
+    text = refused(capsys, run, "--stage", "vae", *data)
+    assert re.search(r"expected pictures of shape \(64, 64, 3\) .* got \(32, 32, 3\)", text)
+    assert "expected pictures (64, 64, 3)" in refused(capsys, run, "--stage", "collect", *data)
+    assert contents(tmp_path / "data") == before
+
+
+def test_a_checkpoint_of_another_latent_size_is_refused(copy, capsys):
+    before = contents(copy)
+    text = refused(capsys, copy, "--vae.latent", "8")
+    assert "belongs to another configuration: vae.latent 4 -> 8" in text
+    assert contents(copy) == before
+    other = ConvVAE(8)  # a file from elsewhere under the right name
+    parts = checkpoint.load(copy / "vae" / "best.tar")
+    parts |= {"state_dict": other.state_dict(), "options": other.options()}
+    checkpoint.save(copy / "vae" / "best.tar", parts)
+    assert re.search(
+        "expected .*best.tar to fit .* latent 8, not 4", refused(capsys, copy, "--test")
+    )
+    del parts["options"]
+    checkpoint.save(copy / "vae" / "best.tar", parts)
+    assert "expected weights of ConvVAE" in refused(capsys, copy, "--test")
+
+
+def test_weights_of_a_compiled_model_load(copy):
+    parts = checkpoint.load(copy / "vae" / "best.tar")
+    state = {f"_orig_mod.{key}": value for key, value in parts["state_dict"].items()}
+    checkpoint.save(copy / "vae" / "best.tar", parts | {"state_dict": state})
+    assert ha(copy, "--test") == 0
+
+
+def test_latents_of_another_v_are_made_again(copy, capsys):
+    parts = checkpoint.load(copy / "vae" / "best.tar")
+    torch.manual_seed(5)
+    checkpoint.save(copy / "vae" / "best.tar", parts | {"state_dict": ConvVAE(4).state_dict()})
+    assert ha(copy, "--stage", "latents") == 0
+    assert "33 rows in" in capsys.readouterr().out
+    text = refused(capsys, copy, "--stage", "rnn", "--rnn.epochs", "2")
+    assert "it learned from other data" in text
