@@ -24,7 +24,7 @@ from fastwm.loops.ha_run import FOLDERS, HaRun, StageError
 from fastwm.loops.ha_world import RealWorld
 from fastwm.worldmodels.ha_controller import ActionCode
 
-NOISE = 18  # branch of the run's seed
+NOISE, WEIGHTS = 18, 19  # branches of the run's seed
 
 
 def train(config: Any, folder: Path) -> int:
@@ -110,7 +110,7 @@ def stages(run: HaRun) -> dict[str, Callable[[], Any]]:
     config = run.config
     code = ActionCode.of(config.ctrl.action, run.act_space)
     key = image_key(run.obs_space)
-    vae, rnn = make_vae(config), make_rnn(config, code)
+    vae, rnn = _fresh(run, 0, make_vae, config), _fresh(run, 1, make_rnn, config, code)
     work: dict[str, Callable[[], Any]] = {
         "collect": lambda: collect(run, code, key),
         "vae": lambda: fit_vae(run, vae),
@@ -125,6 +125,13 @@ def stages(run: HaRun) -> dict[str, Callable[[], Any]]:
         elif config.test:
             raise StageError("final.episodes: expected at least 1 with --test, got 0")
     return chosen
+
+
+def _fresh(run: HaRun, which: int, make: Callable[..., Any], *args: Any) -> Any:
+    """A model whose first weights depend on the seed alone, not on what ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(run.config.seed, WEIGHTS, which))
+        return make(*args)
 
 
 def load_policy(run: HaRun, code: ActionCode, key: str) -> HaPolicy:
