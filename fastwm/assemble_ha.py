@@ -25,6 +25,7 @@ from fastwm.loops.ha_world import RealWorld
 from fastwm.worldmodels.ha_controller import ActionCode
 
 NOISE, WEIGHTS = 18, 19  # branches of the run's seed
+MEAN_OF = 32  # episodes
 
 
 def train(config: Any, folder: Path) -> int:
@@ -86,14 +87,11 @@ def _fits(config: Any, obs_space: dict, act_space: Any) -> None:
 
 
 def real_lanes(config: Any, seeds: Sequence[int]) -> Lanes:
-    options = {
-        "size": config.env.size,
-        "action_repeat": config.env.action_repeat,
-        "time_limit": config.env.time_limit,
-    }
+    env = config.env
+    options = {name: getattr(env, name) for name in ("size", "action_repeat", "time_limit")}
     if config.ctrl.env_threads:
         options["num_threads"] = config.ctrl.env_threads
-    return make_lanes(config.task, seeds, **options, **config.env.options)
+    return make_lanes(config.task, seeds, **options, **env.options)
 
 
 def _progress(folder: Path) -> dict[str, Any]:
@@ -151,7 +149,38 @@ def load_policy(run: HaRun, code: ActionCode, key: str) -> HaPolicy:
 def _ctrl(run: HaRun, code: ActionCode, key: str) -> None:
     policy = load_policy(run, code, key)
     worlds = dream_worlds if run.config.ctrl.world == "dream" else real_worlds
-    CtrlStage(run, policy, partial(worlds, run, policy), settings.to_toml(run.config)).train()
+    config, controller = run.config, policy.controller
+    center = config.ctrl.center and (controller.bias or controller.units > 0)
+    mean = feature_mean(run, policy) if center else None
+    text = settings.to_toml(config)
+    CtrlStage(run, policy, partial(worlds, run, policy), text, mean).train()
+
+
+@torch.inference_mode()
+def feature_mean(run: HaRun, policy: HaPolicy) -> torch.Tensor:  # (width,)
+    """Mean of the controller's features over some stored episodes, as the random policy drove."""
+    store = run.store()
+    episodes = np.linspace(0, len(store) - 1, min(len(store), MEAN_OF)).astype(int)
+    found = []
+    for episode, start in zip(episodes, store.starts[episodes], strict=True):
+        decisions = int(store.lengths[episode]) - 1
+        rows = slice(int(start), int(start) + decisions)
+        z = torch.from_numpy(_latents(run, "mu", rows)).to(run.device)
+        action = torch.from_numpy(np.array(store.action[rows])).to(run.device)
+        first = torch.arange(decisions, device=run.device) == 0
+        state, x = policy.rnn.initial(1), policy.rnn.features(z, action, first)
+        for t in range(decisions):
+            found.append(policy.controller.features(z[t : t + 1], state))
+            _, state = policy.rnn.step(x[t : t + 1], state)
+    return torch.cat(found).mean(0).cpu()
+
+
+def _latents(run: HaRun, name: str, rows: Any) -> np.ndarray:
+    """Stored means or log-variances of some rows, float32."""
+    path = run.folder / "latents" / f"{name}.npy"
+    if not path.is_file():
+        raise StageError(f"ctrl: expected {path}, found none; run --stage latents first")
+    return np.array(np.load(path, mmap_mode="r")[rows], np.float32)
 
 
 def _test(run: HaRun, code: ActionCode, key: str) -> None:
@@ -200,12 +229,8 @@ def dream_worlds(run: HaRun, policy: HaPolicy, seeds: Sequence[int], candidates:
 
 def dream_starts(run: HaRun) -> tuple[torch.Tensor, torch.Tensor]:
     """mu and logvar (E, Z) of the first rows of up to dream.starts episodes."""
-    store, folder = run.store(), run.folder / "latents"
-    if not (folder / "index.json").is_file():
-        raise StageError(f"ctrl: expected latents in {folder}, got none; run --stage latents first")
-    first = store.starts[: run.config.dream.starts]
-    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("mu", "logvar"))
-    mu, logvar = (torch.from_numpy(np.array(a[first], np.float32)) for a in arrays)
+    first = run.store().starts[: run.config.dream.starts]
+    mu, logvar = (torch.from_numpy(_latents(run, name, first)) for name in ("mu", "logvar"))
     return mu.to(run.device), logvar.to(run.device)
 
 

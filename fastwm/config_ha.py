@@ -92,6 +92,9 @@ class Ctrl:
     )
     sample: bool = key(False, "draw z as in the paper; else its mean, which has less noise")
     pop: int = key(32, "candidates per generation", 2, fixed=True)
+    center: bool = key(
+        True, "search over features minus their mean in the stored episodes", fixed=True
+    )
     sigma: float = key(0.1, "standard deviation of the first generation", 0, fixed=True)
     cma: Literal["full", "diagonal"] = key("full", "covariance of the search", fixed=True)
     decay: float = key(0.0, "weight of the mean squared parameter, subtracted from the return", 0)
@@ -117,6 +120,7 @@ class Dream:
 class Test:
     episodes: int = key(32, "real episodes at the end, on seeds that nothing else uses", 0)
     time_limit: int = key(1000, "most decisions of one", 1)
+    envs: int = key(32, "environments that play them in parallel", 1)
 
 
 @dataclass(frozen=True)

@@ -287,6 +287,16 @@ def test_population_equals_single_controllers(inputs, units, close):
         assert torch.equal(controller.flat(parts), params[p])
 
 
+@pytest.mark.parametrize("units", [0, 5])
+def test_centred_parameters_see_features_minus_their_mean(units, close):
+    controller = Controller(4, 6, 2, "zh", units)
+    params, features, mean = torch.randn(3, controller.size), torch.randn(3, 5, 10), torch.randn(10)
+    close(
+        controller.act(controller.centred(params, mean), features),
+        controller.act(params, features - mean),
+    )
+
+
 def test_a_controller_of_another_size_is_refused():
     small, large = Controller(32, 256, 3), Controller(64, 256, 3)
     with pytest.raises(

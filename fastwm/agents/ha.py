@@ -8,12 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastwm.agents.policy import FORMAT, MODES
 from fastwm.spaces import Space
 from fastwm.worldmodels.ha import MDNRNN, ConvVAE, latent_sample, look
 from fastwm.worldmodels.ha_controller import ActionCode, Controller
-
-MODES = ("train", "sample", "greedy")
-FORMAT = "fastwm-policy-ha-1"
 
 
 def make_vae(config: Any) -> ConvVAE:
@@ -116,6 +114,7 @@ class HaPolicy(nn.Module):
     def options(self) -> dict:
         controller = self.controller
         return {
+            "kind": "ha",
             "vae": self.vae.options(),
             "rnn": self.rnn.options(),
             "inputs": controller.inputs,
@@ -195,14 +194,11 @@ def pack(policy: HaPolicy, obs_space: dict[str, Space]) -> dict:
     }
 
 
-def unpack(data: dict) -> HaPolicy:
-    """The policy that `pack` wrote."""
-    options, act_space = data["options"], Space.from_dict(data["act_space"])
+def rebuild(act_space: Space, options: dict) -> HaPolicy:
+    """The policy that `HaPolicy.options` describes, with fresh weights."""
     vae, rnn = ConvVAE(**options["vae"]), MDNRNN(**options["rnn"])
     code = ActionCode.of(options["action"], act_space)
     code = ActionCode(code.kind, code.outputs, tuple(options["order"]))
     sizes = (vae.latent, rnn.hidden, code.outputs)
     controller = Controller(*sizes, options["inputs"], options["units"], options["bias"])
-    policy = HaPolicy(vae, rnn, controller, code, act_space, options["key"], options["rows"])
-    policy.load_state_dict(data["weights"])
-    return policy
+    return HaPolicy(vae, rnn, controller, code, act_space, options["key"], options["rows"])

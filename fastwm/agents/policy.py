@@ -73,9 +73,11 @@ class LoadedPolicy:
     obs_space, act_space: what it takes and gives (fastwm.spaces.Space).
     """
 
-    def __init__(self, policy: RecurrentPolicy, obs_space: dict[str, Space], seed: int) -> None:
+    def __init__(
+        self, policy: nn.Module, obs_space: dict[str, Space], act_space: Space, seed: int
+    ) -> None:
         self.policy = policy.eval()
-        self.obs_space, self.act_space = obs_space, policy.actor.space
+        self.obs_space, self.act_space = obs_space, act_space
         self.device = next(policy.parameters()).device
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -163,7 +165,7 @@ def load_policy(
     act_space, options = Space.from_dict(data["act_space"]), data["options"]
     policy = _rebuild(obs_space, act_space, options)
     policy.load_state_dict(data["weights"])
-    return LoadedPolicy(policy.to(device), obs_space, seed)
+    return LoadedPolicy(policy.to(device), obs_space, act_space, seed)
 
 
 def _rebuild(obs_space: dict[str, Space], act_space: Space, options: dict) -> nn.Module:
@@ -172,6 +174,10 @@ def _rebuild(obs_space: dict[str, Space], act_space: Space, options: dict) -> nn
         from fastwm.agents.modular_policy import rebuild
 
         return rebuild(obs_space, act_space, options)
+    if options.get("kind") == "ha":
+        from fastwm.agents.ha import rebuild
+
+        return rebuild(act_space, options)
     encoder_type, rssm_type, actor_type = NETWORKS[options.get("networks", "2024")]
     encoder = encoder_type(obs_space, **options["encoder"])
     core = rssm_type(encoder.out_features, act_space.encoded_size, **options["rssm"])

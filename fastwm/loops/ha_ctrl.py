@@ -32,14 +32,21 @@ class CtrlStage:
 
     policy: V, M and C, of which C's parameters are searched. make_worlds: where candidates play.
     settings: the resolved configuration as text, for the checkpoints that play and eval read.
+    mean: of the controller's features, around which the search begins; h of an LSTM is far from 0,
+    so that without it a random controller mostly gives a random constant.
     """
 
     def __init__(
-        self, run: HaRun, policy: HaPolicy, make_worlds: MakeWorlds, settings: str
+        self,
+        run: HaRun,
+        policy: HaPolicy,
+        make_worlds: MakeWorlds,
+        settings: str,
+        mean: Tensor | None = None,
     ) -> None:
         self.run, self.policy, self.make_worlds, self.settings = run, policy, make_worlds, settings
         self.options, self.controller = run.config.ctrl, policy.controller
-        self.generation, self.best, self.solved = 0, -np.inf, False
+        self.generation, self.best, self.solved, self.mean = 0, -np.inf, False, mean
         self.ends = np.cumsum(self.options.generations)
         stored = run.saved("ctrl")
         if stored is None:
@@ -62,7 +69,11 @@ class CtrlStage:
                 f"{error}; give the settings it was trained with, or another --logdir"
             ) from None
         self.generation, self.best = stored["epoch"], stored["reward"]
-        self.search = Search.restore(stored["es"])
+        self.search, self.mean = Search.restore(stored["es"]), stored["mean"]
+
+    def _params(self, found: np.ndarray) -> Tensor:  # (P, size) of the search -> of the controller
+        params = torch.from_numpy(found)
+        return params if self.mean is None else self.controller.centred(params, self.mean)
 
     @property
     def total(self) -> int:
@@ -89,7 +100,7 @@ class CtrlStage:
         branch = (run.config.seed, TRAIN, self.generation)
         seeds = [seed_of(*branch, i) for i in range(samples)]
         asked = self.search.ask()
-        params = torch.from_numpy(asked).to(run.device)
+        params = self._params(asked).to(run.device)
         returns, lengths = self._play(params, seeds, limit, options.patience)
         fitness = returns.mean(1).numpy() - options.decay * np.square(asked).mean(1)
         self.search.tell(fitness)
@@ -132,7 +143,7 @@ class CtrlStage:
         """The mean candidate on episodes that only judge; the best one is kept."""
         options, final = self.options, self.run.config.final
         seeds = [seed_of(self.run.config.seed, HOLDOUT, i) for i in range(options.holdout_episodes)]
-        mean = torch.from_numpy(self.search.mean).to(self.run.device)
+        mean = self._params(self.search.mean[None])[0].to(self.run.device)
         returns, _ = self._play(mean[None], seeds, final.time_limit)
         reached = float(returns.mean())
         if reached > self.best:
@@ -151,8 +162,8 @@ class CtrlStage:
         }
 
     def _save(self) -> None:
-        mean = torch.from_numpy(self.search.mean)
-        self.run.save("ctrl", {**self._parts(mean, self.best), "es": self.search.state()})
+        parts = self._parts(self._params(self.search.mean[None])[0], self.best)
+        self.run.save("ctrl", {**parts, "es": self.search.state(), "mean": self.mean})
 
     def _export(self) -> None:
         """What play, eval and load_policy read."""
@@ -219,10 +230,8 @@ def test(run: HaRun, policy: HaPolicy, make_worlds: MakeWorlds) -> dict[str, Any
     options = run.config.final
     reached = load_best(run, policy)
     seeds = [seed_of(run.config.seed, TEST, i) for i in range(options.episodes)]
-    envs = run.config.ctrl.envs
-    found = play_all(
-        make_worlds, policy.controller, policy.params[None], seeds, envs, options.time_limit
-    )
+    params, limit = policy.params[None], options.time_limit
+    found = play_all(make_worlds, policy.controller, params, seeds, options.envs, limit)
     scores, lengths = (values.flatten().tolist() for values in found)
     run.env_steps += sum(lengths)
     result = {

@@ -77,6 +77,20 @@ class Controller:
         y = torch.bmm(x, weight.mT)
         return y + params[:, None, end : end + out] if bias else y
 
+    def centred(self, params: Tensor, mean: Tensor) -> Tensor:  # (P, size), (width,)
+        """Parameters that do to features what the given ones do to features - mean.
+
+        The same family of controllers: only the first layer's bias moves.
+        """
+        out = self.units or self.outputs
+        end = out * self.width
+        if not (self.units or self.bias):
+            raise ValueError("Controller: expected a bias to take a mean up, got none")
+        moved = params.clone()
+        weight = params[:, :end].unflatten(1, (out, self.width))
+        moved[:, end : end + out] -= weight @ mean
+        return moved
+
     def state_dict(self, params: Tensor) -> dict[str, Tensor]:  # (size,)
         """One candidate as the weights of torch Linear layers: fc.* or hidden.* and fc.*"""
         parts, used = {}, 0
