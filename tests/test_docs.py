@@ -70,6 +70,29 @@ def test_names_without_a_counterpart():
     assert set(re.findall(r"`([^`]+)`", named)) == set(config_aliases.REFUSED)
 
 
+# ---- guide_ha.md
+
+GUIDE_HA = (DOCS / "guide_ha.md").read_text()
+
+
+def test_every_name_of_world_models_stands_in_the_guide():
+    text = GUIDE_HA.split("## Names of other code")[1]
+    for name in config_aliases.HA:
+        last = re.escape(name.rpartition(".")[2])
+        assert re.search(rf"`(--)?([\w.]+\.)?{last}`", text), name
+    refused = text.split("what to do instead:")[1].split(".\n")[0]
+    assert set(re.findall(r"`([^`]+)`", refused)) == set(config_aliases.REFUSED_HA)
+
+
+def test_the_guide_names_the_key_of_every_flag_of_world_models():
+    known = config.flatten(config.SCHEMAS["ha"]())
+    meanings = dict(config_aliases.meanings("ha", known))
+    for left, right, _ in cells(GUIDE_HA, "Names of other code"):
+        for flag in re.findall(r"`(?:--)?([\w-]+)`", left):
+            for key in meanings.get(flag, ()):
+                assert f"`--{key}`" in right or flag in ("height", "width"), (flag, key)
+
+
 # ---- troubleshooting.md
 
 SOURCES = [
