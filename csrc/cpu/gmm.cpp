@@ -315,70 +315,104 @@ void gmm_factored_backward(const GmmNll& a, const GmmGrads& out, int64_t begin, 
 
 // ---- joint
 
-// sum over the latents of log std + z^2 / 2; keeps z and 1 / std if asked to.
-FWM_HD float joint_distance(const float* target, const float* mean, const float* log_std,
-                            int64_t latents, float* keep_z, float* keep_inverse) {
-  float distance = 0.0f;
-#pragma omp simd reduction(+ : distance)
-  for (int64_t i = 0; i < latents; ++i) {
-    const float bounded = gmm_log_std(log_std[i]), inverse = exp_floored(-bounded);
-    const float z = (target[i] - mean[i]) * inverse;
-    distance -= gmm_joint(0.0f, bounded, z);
-    if (keep_z != nullptr) keep_z[i] = z;
-    if (keep_inverse != nullptr) keep_inverse[i] = inverse;
-  }
-  return distance;
+// A row's mixture as whole vectors: beyond M lie components of no weight.
+struct JointRow {
+  float logits[kMaxComponents];  // later: exp(logit - largest)
+  float joint[kMaxComponents];   // later: exp(joint - largest)
+  float logit_max, logit_sum, joint_max, joint_sum;
+};
+
+// What z and 1 / std are kept in where the backward pass wants them.
+struct Kept {
+  float *z, *inverse;
+};
+
+template <bool keep>
+FWM_HD float distance_at(const float* target, const float* mean, const float* log_std, int64_t i,
+                         const Kept& to) {
+  const float bounded = gmm_log_std(log_std[i]), inverse = exp_floored(-bounded);
+  const float z = (target[i] - mean[i]) * inverse;
+  if (keep) to.z[i] = z, to.inverse[i] = inverse;
+  return -gmm_joint(0.0f, bounded, z);
 }
 
-// out = exp(x - largest); returns largest, and the sum of out
-static inline float shares(const float* x, int64_t count, float* out, float* sum) {
-  float largest = kLowest;
-  for (int64_t m = 0; m < count; ++m) largest = x[m] > largest ? x[m] : largest;
-  *sum = row_exp(x, largest, out, count);
-  return largest;
+// sum over the latents of log std + z^2 / 2.
+template <bool keep>
+FWM_HD float joint_distance(const float* target, const float* mean, const float* log_std,
+                            int64_t latents, const Kept& to) {
+  float lanes[kLanes] = {};
+  int64_t first = 0;
+  for (; first + kLanes <= latents; first += kLanes) {
+#pragma omp simd
+    for (int i = 0; i < kLanes; ++i) {
+      lanes[i] += distance_at<keep>(target, mean, log_std, first + i, to);
+    }
+  }
+#pragma omp simd
+  for (int64_t i = first; i < latents; ++i) {
+    lanes[i - first] += distance_at<keep>(target, mean, log_std, i, to);
+  }
+  return sum16(lanes);
+}
+
+// x = exp(x - largest) over whole vectors; returns largest, and the sum of x.
+FWM_HD float shares(float* x, int64_t padded, float* sum) {
+  float largest[kLanes], lanes[kLanes] = {}, most = kLowest;
+#pragma omp simd
+  for (int i = 0; i < kLanes; ++i) largest[i] = kLowest;
+  for (int64_t m = 0; m < padded; m += kLanes) {
+#pragma omp simd
+    for (int i = 0; i < kLanes; ++i) largest[i] = x[m + i] > largest[i] ? x[m + i] : largest[i];
+  }
+#pragma omp simd reduction(max : most)
+  for (int i = 0; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
+  for (int64_t m = 0; m < padded; m += kLanes) {
+#pragma omp simd
+    for (int i = 0; i < kLanes; ++i) lanes[i] += x[m + i] = exp_nonpos(x[m + i] - most);
+  }
+  *sum = sum16(lanes);
+  return most;
+}
+
+template <bool keep>
+FWM_HD void joint_row(const GmmNll& a, int64_t n, const GmmGrads& to, JointRow& row) {
+  const float *mean = a.mean.data + n * a.mean.stride, *target = a.target + n * a.latents;
+  const float* log_std = a.log_std.data + n * a.log_std.stride;
+  const float* logits = a.logits.data + n * a.logits.stride;
+  const int64_t padded = (a.components + kLanes - 1) / kLanes * kLanes;
+  for (int64_t m = 0; m < a.components; ++m) {
+    const int64_t at = m * a.latents, out = (n * a.components + m) * a.latents;
+    const Kept kept{keep ? to.mean + out : nullptr, keep ? to.log_std + out : nullptr};
+    row.logits[m] = logits[m];
+    row.joint[m] =
+        logits[m] - joint_distance<keep>(target, mean + at, log_std + at, a.latents, kept);
+  }
+  for (int64_t m = a.components; m < padded; ++m) row.logits[m] = row.joint[m] = -INFINITY;
+  row.logit_max = shares(row.logits, padded, &row.logit_sum);
+  row.joint_max = shares(row.joint, padded, &row.joint_sum);
 }
 
 void gmm_joint_nll(const GmmNll& a, float* nll, int64_t begin, int64_t end) {
-  float joint[kMaxComponents], scratch[kMaxComponents];
   const float constant = kHalfLogTwoPi * static_cast<float>(a.latents);
+  JointRow row;
   for (int64_t n = begin; n < end; ++n) {
-    const float *mean = a.mean.data + n * a.mean.stride, *target = a.target + n * a.latents;
-    const float* log_std = a.log_std.data + n * a.log_std.stride;
-    const float* logits = a.logits.data + n * a.logits.stride;
-    for (int64_t m = 0; m < a.components; ++m) {
-      const int64_t at = m * a.latents;
-      joint[m] = logits[m] - joint_distance(target, mean + at, log_std + at, a.latents, nullptr,
-                                            nullptr);
-    }
-    float logit_sum, joint_sum;
-    const float logit_max = shares(logits, a.components, scratch, &logit_sum);
-    const float joint_max = shares(joint, a.components, scratch, &joint_sum);
-    nll[n] = (logit_max - joint_max) + (log_positive(logit_sum) - log_positive(joint_sum)) +
-             constant;
+    joint_row<false>(a, n, {}, row);
+    nll[n] = (row.logit_max - row.joint_max) +
+             (log_positive(row.logit_sum) - log_positive(row.joint_sum)) + constant;
   }
 }
 
 void gmm_joint_backward(const GmmNll& a, const GmmGrads& out, int64_t begin, int64_t end) {
-  float joint[kMaxComponents], weight[kMaxComponents];
-  const int64_t row = a.components * a.latents;
+  JointRow row;
   for (int64_t n = begin; n < end; ++n) {
-    const float *mean = a.mean.data + n * a.mean.stride, *target = a.target + n * a.latents;
-    const float* log_std = a.log_std.data + n * a.log_std.stride;
-    const float* logits = a.logits.data + n * a.logits.stride;
-    float *grad_mean = out.mean + n * row, *grad_log_std = out.log_std + n * row;
+    joint_row<true>(a, n, out, row);
+    const float grad = a.grad_nll[n], weight = grad / row.logit_sum;
+    const float scale = row.joint_sum == 0.0f ? 0.0f : grad / row.joint_sum;
     for (int64_t m = 0; m < a.components; ++m) {
-      const int64_t at = m * a.latents;
-      joint[m] = logits[m] - joint_distance(target, mean + at, log_std + at, a.latents,
-                                            grad_mean + at, grad_log_std + at);
-    }
-    float logit_sum, joint_sum;
-    shares(logits, a.components, weight, &logit_sum);
-    shares(joint, a.components, joint, &joint_sum);
-    const float grad = a.grad_nll[n], scale = joint_sum == 0.0f ? 0.0f : grad / joint_sum;
-    for (int64_t m = 0; m < a.components; ++m) {
-      const float share = joint[m] * scale;
-      out.logits[n * a.components + m] = weight[m] * (grad / logit_sum) - share;
-      float *to_mean = grad_mean + m * a.latents, *to_log_std = grad_log_std + m * a.latents;
+      const int64_t at = n * a.components + m;
+      const float share = row.joint[m] * scale;
+      float *to_mean = out.mean + at * a.latents, *to_log_std = out.log_std + at * a.latents;
+      out.logits[at] = row.logits[m] * weight - share;
 #pragma omp simd
       for (int64_t i = 0; i < a.latents; ++i) {
         const float z = to_mean[i];
