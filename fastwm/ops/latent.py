@@ -69,9 +69,9 @@ def _check_sample(logits: Tensor, noise: Tensor | None, unimix: float) -> None:
     check_same_device("latent_sample", logits=logits, noise=noise)
 
 
-def _fused(logits: Tensor) -> bool:
+def _fused(logits: Tensor, op: str) -> bool:
     wide = logits.dtype == torch.float64
-    return available(logits, "kl_balance") and not wide and logits.shape[-1] <= MAX_CLASSES
+    return available(logits, op) and not wide and logits.shape[-1] <= MAX_CLASSES
 
 
 def latent_sample_ref(
@@ -114,7 +114,7 @@ def latent_sample(
         torch.distributions.Categorical(p).sample(), p.log()
     """
     _check_sample(logits, noise, unimix)
-    if not _fused(logits):
+    if not _fused(logits, "latent_sample"):
         return latent_sample_ref(logits, noise, unimix)
     args = (logits.float(), None if noise is None else noise.detach().float(), float(unimix))
     return _Sample.apply(*args) if wants_grad(logits) else raw.latent_sample(*args)
@@ -173,7 +173,7 @@ def straight_through(
         F.one_hot(index, K) + p - p.detach()
     """
     _check_straight(index, logits, unimix)
-    if not _fused(logits):
+    if not _fused(logits, "latent_one_hot"):
         return straight_through_ref(index, logits, unimix)
     index = index if index.dtype == torch.uint8 else index.long()
     if wants_grad(logits):
@@ -247,7 +247,7 @@ def kl_balance(
         kl.clamp(min=free_nats)      # with p or q detached
     """
     _check_kl(post, prior, unimix)
-    if not (_fused(post) and prior.dtype != torch.float64):
+    if not (_fused(post, "kl_balance") and prior.dtype != torch.float64):
         return kl_balance_ref(post, prior, unimix, free_nats)
     args = (post.float(), prior.float(), float(unimix), float(free_nats))
     if wants_grad(post, prior):

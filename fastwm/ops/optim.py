@@ -180,7 +180,7 @@ def laprop_agc_ref_(
             move = move + weight_decay * p
         _write(finite, [(p, p - lr * move), (mu[i], first), (nu[i], second)])
     _write_copies(copies, params, finite)
-    step.add_(finite.to(step.dtype))
+    step.add_(finite.to(step))  # which may live on another device
     return total.float(), finite
 
 
@@ -240,7 +240,7 @@ def laprop_agc_(
             *_raw_arguments(*lists, step, lr, grad_scale), agc, pmin, beta1, beta2, eps,
             weight_decay, _raw_decay(decay_mask, len(params)), nesterov, *_raw_copies(copies),
         )  # fmt: skip
-    _note_changes(params, mu, nu, copies.slow, copies.low)
+    _note_changes(params, mu, nu, copies.slow, copies.low, (step,))
     return done
 
 
@@ -280,7 +280,7 @@ def adam_ref_(
         move = move + decay * p if decoupled and decay else move
         _write(finite, [(p, p - lr * move), (mu[i], first), (nu[i], second)])
     _write_copies(copies, params, finite)
-    step.add_(finite.to(step.dtype))
+    step.add_(finite.to(step))  # which may live on another device
     return total.float(), finite
 
 
@@ -338,7 +338,7 @@ def adam_(
             eps, weight_decay, _raw_decay(decay_mask, len(params)), decoupled,
             *_raw_copies(copies),
         )  # fmt: skip
-    _note_changes(params, mu, nu, copies.slow, copies.low)
+    _note_changes(params, mu, nu, copies.slow, copies.low, (step,))
     return done
 
 

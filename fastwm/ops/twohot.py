@@ -115,9 +115,9 @@ def _check_targets(logits: Tensor, targets: Sequence[Tensor]) -> None:
         check_same_device("twohot_loss", logits=logits, target=target)
 
 
-def _fused(logits: Tensor) -> bool:
+def _fused(logits: Tensor, op: str) -> bool:
     wide = logits.dtype == torch.float64
-    return available(logits, "twohot_loss") and not wide and 1 <= logits.shape[-1] <= MAX_BINS
+    return available(logits, op) and not wide and 1 <= logits.shape[-1] <= MAX_BINS
 
 
 def twohot_weights(target: Tensor, bins: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -194,7 +194,7 @@ def twohot_loss(
     targets, scale = _as_pair(target, weights)
     _check_logits("twohot_loss", logits, bins)
     _check_targets(logits, targets)
-    if not _fused(logits):
+    if not _fused(logits, "twohot_loss"):
         return twohot_loss_ref(logits, targets, bins, scale, squash=squash)
     targets = [goal.detach().float() for goal in targets]
     targets = [symlog(goal) for goal in targets] if squash else targets
@@ -269,7 +269,7 @@ def twohot_mean(
         (torch.softmax(logits, -1) * bins).sum(-1)
     """
     _check_logits("twohot_mean", logits, bins)
-    if not _fused(logits):
+    if not _fused(logits, "twohot_mean"):
         return twohot_mean_ref(logits, bins, squash=squash)
     args = (operand(logits), bins.float())
     mean = _TwohotMean.apply(*args) if wants_grad(logits) else raw.twohot_mean(*args)

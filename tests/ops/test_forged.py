@@ -170,6 +170,21 @@ def turn(x):
     return wide[..., ::2]
 
 
+def raw_ops_of(case: str) -> set[str]:
+    with Tape() as tape:
+        _run(getattr(ops, case), CASES[case](2), "cpu", wide=False)
+    return set(tape.calls)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_build_without_one_kernel_does_without_it(case, monkeypatch):
+    kernels = _backend._kernels["cpu"]
+    for name in raw_ops_of(case) - {"latent_backward", "rssm_pack"}:  # in one file with another op
+        if not name.endswith("_backward"):
+            monkeypatch.setitem(_backend._kernels, "cpu", kernels - {name, f"{name}_backward"})
+            assert name not in raw_ops_of(case)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mix_of_devices_is_refused(name):

@@ -227,6 +227,19 @@ def test_bfloat16_copies_round_like_torch():
     assert low[-1].isnan()
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_what_is_written_counts_as_changed(name, variant):
+    """Autograd refuses a backward pass through what an update has overwritten since."""
+    params, grads, mu, nu = lists()
+    slow, low = [p.clone() for p in params], [p.bfloat16() for p in params]
+    step = torch.zeros((), dtype=torch.int64)
+    written = [*params, *mu, *nu, *slow, *low, step]
+    before = [x._version for x in written]
+    update = BOTH[name][0]
+    update(params, grads, mu, nu, step, torch.tensor(1e-3), copies=ops.Copies(slow, 0.1, low))
+    assert all(x._version > old for x, old in zip(written, before, strict=True))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["gradient", "scale"])
 @pytest.mark.parametrize("name", BOTH)
