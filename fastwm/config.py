@@ -86,7 +86,10 @@ def resolve(
     origins = {key: "default" for key in hints}
     for preset in presets or DEFAULT_PRESETS.get(algorithm, ()):
         path = find_preset(preset, algorithm)
-        _overlay(values, origins, hints, _flat(_read(path)), f"{path.parent.name}/{path.name}")
+        flat, origin = _flat(_read(path)), f"{path.parent.name}/{path.name}"
+        if path.parent == preset_folder():
+            _check_fits(path.stem, flat, algorithm)
+        _overlay(values, origins, hints, flat, origin)
     _override(values, origins, hints, algorithm, dict(overrides or {}))
     if values["algorithm"] != algorithm:
         raise ConfigError(
@@ -131,6 +134,26 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in preset_folder().glob("*.toml"))
 
 
+def _fits(tree: Mapping[str, Any], algorithm: str) -> bool:
+    """Whether an algorithm has every setting of a preset; options are free."""
+    hints = dict(_hints(SCHEMAS[algorithm]))
+    options = (f"{key.partition('.options.')[0]}.options" for key in tree if key not in hints)
+    return tree.get("algorithm", algorithm) == algorithm and all(key in hints for key in options)
+
+
+def _check_fits(preset: str, tree: Mapping[str, Any], algorithm: str) -> None:
+    """A preset of the package holds no misspelt key: what does not fit is another algorithm's."""
+    others = [name for name in SCHEMAS if _fits(tree, name)]
+    if algorithm in others or not others:
+        return
+    trees = ((name, _flat(_read(preset_folder() / f"{name}.toml"))) for name in preset_names())
+    mine = [name for name, other in trees if _fits(other, algorithm)]
+    raise ConfigError(
+        f"preset: expected one for {algorithm}, got {preset!r}, which is for {', '.join(others)}; "
+        f"those for {algorithm} are {', '.join(mine)}"
+    )
+
+
 _EMPTY = Path("-")  # a preset without values: switches the default presets off
 
 
@@ -158,7 +181,7 @@ def _algorithm(names: list[str]) -> tuple[str, list[str]]:
             algorithm = _read(find_preset(name)).get("algorithm")
             if algorithm is not None:
                 return str(algorithm), presets
-    if presets and presets[0] not in preset_names():
+    if presets and not presets[0].endswith(".toml") and presets[0] not in preset_names():
         raise ConfigError(unknown("algorithm", presets[0], list(SCHEMAS), "command line"))
     return "dreamerv3", presets
 

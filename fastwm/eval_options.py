@@ -1,4 +1,4 @@
-"""The options that eval and play share: which run, which checkpoint, how many episodes."""
+"""The options that eval, play and dream share: which run, which checkpoint, how many episodes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def parser(name: str, what: str, episodes: int = 10) -> argparse.ArgumentParser:
-    """The options that eval and play share."""
+    """The options that eval, play and dream share."""
     options = argparse.ArgumentParser(f"python -m fastwm.{name}", description=what)
     options.add_argument("run", nargs="?", help="run folder, or a checkpoint file")
     options.add_argument("--logdir", dest="folder", metavar="RUN", help="another way to give RUN")
@@ -21,8 +21,9 @@ def parser(name: str, what: str, episodes: int = 10) -> argparse.ArgumentParser:
         "--use-best",
         dest="checkpoint",
         nargs="?",
-        const="best",
-        type=lambda text: "best" if text.lower() in ("true", "1", "yes") else "latest",
+        const="true",  # argparse passes it through the type, as it does a given word
+        type=_best,
+        metavar="true|false",
         help="the same as --checkpoint best, with `false` --checkpoint latest",
     )
     limit = "actions after which an episode counts as it stands (default 50000)"
@@ -41,6 +42,14 @@ def run_of(args: argparse.Namespace) -> Path:
         print(f"expected one run folder, RUN or --logdir RUN, got {len(given)}", file=sys.stderr)
         raise SystemExit(2)
     return Path(given[0])
+
+
+def _best(text: str) -> str:
+    found = {"true": "best", "1": "best", "yes": "best"}
+    found |= {"false": "latest", "0": "latest", "no": "latest"}
+    if text.lower() not in found:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return found[text.lower()]
 
 
 def positive(text: str) -> int:

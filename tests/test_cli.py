@@ -212,6 +212,8 @@ def test_play_chooses_actions_as_told(finished, monkeypatch, argv, mode):
 def test_use_best_is_a_name_for_the_checkpoint(argv, which):
     args = play.options().parse_args(["run", *argv])
     assert args.checkpoint == which and (args.episodes, args.gif_fps) == (5, 20)
+    with pytest.raises(SystemExit):
+        play.options().parse_args(["run", "--use-best", "maybe"])
 
 
 def test_the_folder_is_given_once(finished, capsys):

@@ -133,6 +133,23 @@ def test_bad_file_names_itself(tmp_path):
     assert "algorithm: expected 'dreamerv3', got 'random'" in message("dreamerv3", str(path))
 
 
+@pytest.mark.parametrize("algorithm", cfg.SCHEMAS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_loads_or_says_whose_it_is(preset, algorithm):
+    try:
+        assert cfg.load([algorithm, preset])[0].algorithm == algorithm
+    except cfg.ConfigError as error:
+        own = algorithm_of(preset)
+        text = str(error)
+        assert f"preset: expected one for {algorithm}, got {preset!r}, which is for " in text
+        assert own in text and algorithm != own
+
+
+@pytest.mark.parametrize("algorithm", cfg.SCHEMAS)
+def test_every_algorithm_has_a_debug_preset(algorithm):
+    assert cfg.load([algorithm, "debug"])[0].device == "cpu"
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_loads_and_reads_back(preset, tmp_path):
     config, _ = cfg.load(

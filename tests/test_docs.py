@@ -121,7 +121,8 @@ FEATURES = [
     if line.startswith("| ") and not line.startswith("| feature") and set(line) - set("|- ")
 ]
 SETTINGS = {"configs", "help", *config_aliases.REFUSED}.union(
-    *KNOWN.values(), *(config_aliases.table(name) for name in KNOWN)
+    *(config.flatten(schema()) for schema in config.SCHEMAS.values()),
+    *(config_aliases.table(name) for name in KNOWN),
 )
 TESTS = {
     f"{path.relative_to(ROOT)}::{node.name}"
