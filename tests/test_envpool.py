@@ -243,8 +243,9 @@ REGISTERED = [
 
 
 def test_every_name_is_covered():
-    plain = [name for name in envs.task_names() if "<" not in name and ":" not in name]
-    assert set(plain) <= set(REGISTERED)
+    plain = {name for name in envs.task_names() if "<" not in name and ":" not in name}
+    suites = {name for name in plain if name.startswith(("crafter_", "minecraft_"))}
+    assert plain - suites <= set(REGISTERED)  # tests/test_suites.py has the others
 
 
 @pytest.mark.parametrize("task", REGISTERED)

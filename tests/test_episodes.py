@@ -99,14 +99,16 @@ def test_split_by_episode_and_none_is_legal(store):
 
 def test_windows_never_cross_episodes(store):
     windows = Windows(store, np.arange(3), 4)
-    assert len(windows) == 1 + 1 + 5  # of 4, 2 and 8 decisions
-    rows, weight, first, done = windows.rows(np.arange(7))
+    assert len(windows) == 2 + 1 + 6  # of 4, 2 and 8 decisions
+    rows, weight, first, done = windows.rows(np.arange(9))
     assert rows[0].tolist() == [0, 1, 2, 3, 4] and weight[0].tolist() == [1] * 4
     assert done[0].tolist() == [0, 0, 0, 1] and first[0].tolist() == [1, 0, 0, 0]
-    assert rows[1].tolist() == [5, 6, 7, 7, 7] and weight[1].tolist() == [1, 1, 0, 0]
-    assert done[1].tolist() == [0] * 4  # the time limit ended it, not the game
-    assert rows[2].tolist() == [8, 9, 10, 11, 12] and rows[6].tolist() == [12, 13, 14, 15, 16]
-    assert done[6].tolist() == [0, 0, 0, 1] and done[5].tolist() == [0] * 4
+    assert rows[1].tolist() == [1, 2, 3, 4, 4] and weight[1].tolist() == [1, 1, 1, 0]
+    assert rows[2].tolist() == [5, 6, 7, 7, 7] and weight[2].tolist() == [1, 1, 0, 0]
+    assert done[2].tolist() == [0] * 4  # the time limit ended it, not the game
+    assert rows[3].tolist() == [8, 9, 10, 11, 12] and rows[7].tolist() == [12, 13, 14, 15, 16]
+    assert done[7].tolist() == [0, 0, 0, 1] and done[6].tolist() == [0] * 4
+    assert rows[8].tolist() == [13, 14, 15, 16, 16] and done[8].tolist() == [0, 0, 1, 0]
 
 
 def test_sequences_pair_an_action_with_what_it_led_to(store):

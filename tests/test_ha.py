@@ -225,7 +225,7 @@ def test_memory_learns_which_action_led_where(tmp_path):
     # The noise of both z is left: 0.5 log(2 pi e 2 std^2). Without the right action the variance
     # of a uniform action comes on top, which is 0.87 nats.
     floor = 0.5 * np.log(2 * np.pi * np.e * 2 * std**2)
-    assert floor - 0.05 < rows[-1]["rnn/test_nll"] < floor + 0.45
+    assert floor - 0.05 < rows[-1]["rnn/test_nll"] < floor + 0.6
 
 
 def test_early_stopping_counts_and_remembers():
@@ -277,7 +277,7 @@ def refused(capsys, run, *flags: str) -> str:
         (["--task", "cartpole"], "expected one observation of kind image"),
         (["--task", "atari_pong"], "expected an action space of 3 continuous .* got discrete"),
         (["--env.rows", "200"], "env.rows: expected at most the 96 rows"),
-        (["--ctrl.samples", "1"], "ctrl.samples: expected one number for each phase"),
+        (["--ctrl.samples", "1,2,3"], "ctrl.samples: expected one number for each phase"),
         (["--ctrl.world", "dream"], "rnn.done: expected true"),
         (["--collect.min_length", "99"], "expected an episode of at least .* 99"),
     ],

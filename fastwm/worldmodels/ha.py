@@ -152,7 +152,7 @@ class MDNRNN(nn.Module):
 
     def initial(self, count: int) -> State:
         zeros = self.head.weight.new_zeros(count, self.hidden)
-        return zeros, zeros
+        return zeros, zeros.clone()  # callers write into them
 
     def features(self, z: Tensor, action: Tensor, restart: Tensor | None = None) -> Tensor:
         """The LSTM's input (..., Z + A [+ 1]) of z (..., Z), action (..., A), restart (...)."""
