@@ -277,7 +277,7 @@ def refused(capsys, run, *flags: str) -> str:
         (["--task", "cartpole"], "expected one observation of kind image"),
         (["--task", "atari_pong"], "expected an action space of 3 continuous .* got discrete"),
         (["--env.rows", "200"], "env.rows: expected at most the 96 rows"),
-        (["--ctrl.samples", "1,2,3"], "ctrl.samples: expected one number for each phase"),
+        (["--ctrl.samples", "1,2,3"], "ctrl.samples: expected one number, or one for each"),
         (["--ctrl.world", "dream"], "rnn.done: expected true"),
         (["--collect.min_length", "99"], "expected an episode of at least .* 99"),
     ],

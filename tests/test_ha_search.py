@@ -80,12 +80,12 @@ def car_world(nets, seeds, candidates, **more) -> RealWorld:
 def test_common_random_numbers(nets, noise):
     """Permuting the candidates permutes their returns: all of them meet the same episodes."""
     pytest.importorskip("envpool")
-    params = torch.randn(4, nets[2].size) * 3.0
+    params = torch.randn(4, nets[2].size)
     order = torch.tensor([2, 0, 3, 1])
     found = []
     for picked in (params, params[order]):
         world = car_world(nets, [3, 8], 4, noise=noise)
-        found.append(play([world], nets[2], picked, limit=40)[0])
+        found.append(play([world], nets[2], picked, limit=60)[0])
         world.close()
     assert torch.equal(found[1], found[0][order])
     assert len(found[0].unique()) > 2  # and they are not all alike
