@@ -67,7 +67,7 @@ def _dream(run: Path, args: argparse.Namespace) -> Any:
         return dreams.HaDream(agent.policy.eval(), starts, **limits, seed=args.seed)
     if not config.algorithm.startswith("dreamerv3"):
         raise settings.ConfigError(
-            f"dream: expected a run of ha or dreamerv3, got {config.algorithm}"
+            f"expected a run of ha or dreamerv3, got {config.algorithm}"
         )
     if args.temperature is not None:
         raise settings.ConfigError("--temperature: expected a run of ha, got one of dreamerv3")

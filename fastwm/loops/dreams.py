@@ -128,7 +128,7 @@ class DreamerDream:
         keys = self.world.decoder.image_keys
         if not keys:
             raise StageError(
-                "dream: expected a run with image observations, got "
+                "expected a run with image observations, got "
                 f"{sorted(agent.obs_space)}; there is nothing to see"
             )
         self.key, self.space = keys[0], agent.act_space
