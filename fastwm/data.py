@@ -21,11 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from fastwm.checkpoint import CheckpointError
     from fastwm.replay_import import DataError
+    from fastwm.settings import ConfigError
 
     try:
         for line in describe(args.folder) if args.verb == "show" else save(args.run, args.folder):
             print(line)
-    except (CheckpointError, DataError) as error:
+    except (CheckpointError, ConfigError, DataError) as error:
         print(f"fastwm.data: {error}", file=sys.stderr)
         return 2
     return 0

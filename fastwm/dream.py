@@ -66,9 +66,7 @@ def _dream(run: Path, args: argparse.Namespace) -> Any:
         limits = {"temperature": heat, "length": args.max_steps or config.dream.length}
         return dreams.HaDream(agent.policy.eval(), starts, **limits, seed=args.seed)
     if not config.algorithm.startswith("dreamerv3"):
-        raise settings.ConfigError(
-            f"expected a run of ha or dreamerv3, got {config.algorithm}"
-        )
+        raise settings.ConfigError(f"expected a run of ha or dreamerv3, got {config.algorithm}")
     if args.temperature is not None:
         raise settings.ConfigError("--temperature: expected a run of ha, got one of dreamerv3")
     limits = {"length": args.max_steps or 200, "context": args.context}
