@@ -198,6 +198,12 @@ class Logger:
         """Refresh the terminal line if it is time."""
         if not self.bar:
             return
+        if time.time() - self.bar.last_print_t >= self.bar.mininterval:  # it is drawn now
+            self.bar.set_description_str(self._line(env_steps, updates), refresh=False)
+        self.bar.update(env_steps - self.bar.n)
+
+    def _line(self, env_steps: int, updates: int) -> str:
+        """What the terminal line says beside the progress."""
         ratio = f"{updates / max(env_steps, 1):.3g}"
         shares = " ".join(
             f"{name.rpartition('_')[2]} {value:.0%}"
@@ -207,10 +213,7 @@ class Logger:
         texts = [f"updates {updates} ({ratio} per env_step)"]
         for word, name in (("return", "episode/score"), ("eval", "eval/return")):
             texts += [f"{word} {self.shown[name]:.4g}"] if name in self.shown else []
-        self.bar.set_description_str(
-            " | ".join([*texts, shares] if shares else texts), refresh=False
-        )
-        self.bar.update(env_steps - self.bar.n)
+        return " | ".join([*texts, shares] if shares else texts)
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""

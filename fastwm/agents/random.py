@@ -27,6 +27,9 @@ class RandomAgent:
         seed: int = 0,
     ) -> None:
         self.obs_space, self.act_space = obs_space, act_space
+        self.classes = np.array(act_space.classes, np.int64)  # unused for continuous actions
+        if act_space.kind == "discrete":
+            self.classes = self.classes.reshape(act_space.shape)
         self.device = torch.device("cpu")
         self.generator = np.random.default_rng(seed)
 
@@ -50,8 +53,7 @@ class RandomAgent:
             random = np.random.default_rng(seed)
         shape = (len(rows["is_first"]), *self.act_space.shape)
         if self.act_space.kind == "discrete":
-            classes = np.array(self.act_space.classes, np.int64).reshape(self.act_space.shape)
-            return random.integers(0, classes, shape).astype(np.int32), state, {}
+            return random.integers(0, self.classes, shape).astype(np.int32), state, {}
         return random.uniform(-1, 1, shape).astype(np.float32), state, {}
 
     def state_dict(self) -> dict:

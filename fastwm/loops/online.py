@@ -116,13 +116,18 @@ class OnlineRun:
             action, self.state, latents = self.agent.act(self.rows, self.state, mode)
         if self.replay is not None:
             with time("replay"):
-                last = self.rows["is_last"].reshape(-1, *[1] * (action.ndim - 1))
-                stored = np.where(last, np.zeros_like(action), action)
-                self.replay.add({**self.rows, "action": stored, **latents})
+                self.replay.add({**self.rows, "action": self._stored(action), **latents})
         with time("env"):
             self.rows = self.envs.step(action)
         self.env_steps += self.config.envs
         self._count_episodes()
+
+    def _stored(self, action: np.ndarray) -> np.ndarray:
+        """What the replay keeps of the actions: zeros where the episode is over."""
+        last = self.rows["is_last"]
+        if not last.any():
+            return action
+        return np.where(last.reshape(-1, *[1] * (action.ndim - 1)), np.zeros_like(action), action)
 
     def learn(self) -> None:
         """As many updates as the train ratio asks for, once the replay holds enough."""
@@ -159,8 +164,10 @@ class OnlineRun:
 
     def _count_episodes(self) -> None:
         rows = self.rows
-        self.score = np.where(rows["is_first"], 0.0, self.score) + rows["reward"]
-        self.length = np.where(rows["is_first"], 0, self.length + 1)
+        self.score[rows["is_first"]] = 0.0
+        self.score += rows["reward"]
+        self.length += 1
+        self.length[rows["is_first"]] = 0
         for i in np.flatnonzero(rows["is_last"]):
             self.episodes += 1
             self.logger.episode(self.score[i], self.length[i])
