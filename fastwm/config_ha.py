@@ -42,6 +42,7 @@ class Vae:
     batch_size: int = key(64, "frames per update", 1)
     lr: float = key(1e-3, "learning rate of Adam", 0)
     free_nats: float = key(0.5, "KL per latent dimension below which it does not count, nats", 0)
+    kl_scale: float = key(1.0, "weight of the KL; below 1 small things in the picture survive", 0)
     flip: bool = key(False, "mirror half of the pictures, a new choice at every pass")
     decoder_relu: bool = key(False, "an activation after the decoder's dense layer", fixed=True)
     scheduler_patience: int = key(5, "epochs without progress until the rate drops", 0)
@@ -93,14 +94,14 @@ class Ctrl:
     sample: bool = key(False, "draw z as in the paper; else its mean, which has less noise")
     pop: int = key(32, "candidates per generation", 2, fixed=True)
     center: bool = key(
-        True, "search over features minus their mean in the stored episodes", fixed=True
+        False, "search over features minus their mean in the stored episodes", fixed=True
     )
     sigma: float = key(0.1, "standard deviation of the first generation", 0, fixed=True)
     cma: Literal["full", "diagonal"] = key("full", "covariance of the search", fixed=True)
     decay: float = key(0.0, "weight of the mean squared parameter, subtracted from the return", 0)
-    generations: tuple[int, ...] = key((25, 15), "in every phase of the search", 0)
-    samples: tuple[int, ...] = key((2, 4), "episodes per candidate, phase by phase", 1)
-    time_limit: tuple[int, ...] = key((600, 1000), "most decisions of one, phase by phase", 1)
+    generations: tuple[int, ...] = key((25,), "in every phase of the search", 0)
+    samples: tuple[int, ...] = key((2,), "episodes per candidate, phase by phase", 1)
+    time_limit: tuple[int, ...] = key((600,), "most decisions of one, phase by phase", 1)
     patience: int = key(100, "decisions without a positive reward that end one; 0: never", 0)
     target: float | None = key(None, "held-out return that ends the stage; none: never")
     holdout_every: int = key(5, "generations between evaluations of the mean candidate", 1)

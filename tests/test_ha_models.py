@@ -70,6 +70,8 @@ def test_vae_loss_by_hand():
     assert parts["kl"].item() == pytest.approx(0.5 * 9 / 2)
     # The floor 0.5 * 2 is per picture: the second one's KL of 0 counts as 1, the first one as 4.5.
     assert loss.item() == pytest.approx(0.25 * 3 * 64 * 64 + (4.5 + 1.0) / 2)
+    scaled, _ = ha.vae_loss(image, recon, mu, torch.zeros(2, 2), free_nats=0.5, kl_scale=0.1)
+    assert scaled.item() == pytest.approx(0.25 * 3 * 64 * 64 + 0.1 * (4.5 + 1.0) / 2)
 
 
 def test_free_nats_stop_the_pull_of_the_prior():

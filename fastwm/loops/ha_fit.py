@@ -166,7 +166,7 @@ def fit_vae(run: HaRun, vae: ConvVAE) -> None:
             if options.flip:
                 mirror = torch.rand(len(image), generator=draw) < 0.5
                 image[mirror] = image[mirror].flip(-1)
-            loss, parts = _vae_pass(vae, image, draw, options.free_nats)
+            loss, parts = _vae_pass(vae, image, draw, options)
             fit.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             fit.optimizer.step()
@@ -179,7 +179,7 @@ def fit_vae(run: HaRun, vae: ConvVAE) -> None:
         draw, means = run.generator(VAE, 10**6), Mean()
         for part in torch.arange(len(test_frames)).split(options.batch_size):
             image = vae.pixels(torch.from_numpy(test_frames.batch(part.numpy())).to(run.device))
-            loss, parts = _vae_pass(vae, image, draw, options.free_nats)
+            loss, parts = _vae_pass(vae, image, draw, options)
             means.add({"loss": loss, **parts})
         return means.read()
 
@@ -188,13 +188,14 @@ def fit_vae(run: HaRun, vae: ConvVAE) -> None:
 
 
 def _vae_pass(
-    vae: ConvVAE, image: Tensor, draw: torch.Generator, free_nats: float
+    vae: ConvVAE, image: Tensor, draw: torch.Generator, options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     noise = torch.randn(len(image), vae.latent, generator=draw).to(image.device)
     half = image.device.type == "cuda"
     with torch.autocast(image.device.type, torch.bfloat16, enabled=half):
         recon, mu, logvar = vae(image, noise)
-    return vae_loss(image, recon.float(), mu.float(), logvar.float(), free_nats)
+    parts = recon.float(), mu.float(), logvar.float()
+    return vae_loss(image, *parts, options.free_nats, options.kl_scale)
 
 
 def check_pictures(store: EpisodeStore) -> EpisodeStore:

@@ -92,15 +92,16 @@ def vae_loss(
     mu: Tensor,  # (N, Z)
     logvar: Tensor,  # (N, Z)
     free_nats: float = 0.5,
+    kl_scale: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """mean over N of sum over pixels (x - x')^2 + max(KL, free_nats * Z).
+    """mean over N of sum over pixels (x - x')^2 + kl_scale * max(KL, free_nats * Z).
 
     The free nats are a floor on the sum over the latent, per picture: below it the KL pulls no
-    more. Returns the loss, and its parts "rec" and "kl" without the floor.
+    more. Returns the loss, and its parts "rec" and "kl" without floor and scale.
     """
     rec = (image - recon).square().flatten(1).sum(1)
     kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)
-    loss = (rec + kl.clamp_min(free_nats * mu.shape[1])).mean()
+    loss = (rec + kl_scale * kl.clamp_min(free_nats * mu.shape[1])).mean()
     return loss, {"rec": rec.detach().mean(), "kl": kl.detach().mean()}
 
 
