@@ -1,12 +1,19 @@
-"""One whole DreamerV3 update, its parts, and what surrounds it in a run.
+"""One whole DreamerV3 update by size, its parts, and what surrounds it in a run.
 
-`pytest benchmarks/bench_train.py` times the update, fused against plain PyTorch, interleaved.
-`python benchmarks/bench_train.py [PRESET]` prints where the time goes, the time from process start
-to the first update, bytes per replay row, and acting beside the raw environment.
+    pytest benchmarks/bench_train.py                                       # size1m, in two ways
+    python benchmarks/bench_train.py update --sizes size1m size12m --json update.json
+    python benchmarks/bench_train.py parts size1m                          # where the time goes
+    python benchmarks/bench_train.py acting
+    python benchmarks/bench_train.py start                                 # until the first update
+
+`update` takes turns between the ways to run it, one update each, so that a drift hits all of them.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import json
 import statistics
 import subprocess
 import sys
@@ -17,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import machine_line
 
 from fastwm import assemble, envs, ops
 from fastwm import config as configs
@@ -26,15 +34,29 @@ from fastwm.spaces import Space
 
 VECTOR = {"vector": Space("vector", (24,))}
 IMAGE = {"image": Space("image", (64, 64, 3))}
+KINDS = {"vector": VECTOR, "image": IMAGE}
 ACTION = Space("discrete", (), (6,))
-
+WAYS = {  # kernels or plain PyTorch, and the settings of the update
+    "plain": ("reference", {"compile": "off"}),
+    "plain-compiled": ("reference", {"compile": "full"}),
+    "fastwm": ("fused", {}),
+    "fastwm-off": ("fused", {"compile": "off"}),
+    "fastwm-ops": ("fused", {"compile": "ops"}),
+    "fastwm-full": ("fused", {"compile": "full"}),
+}
 
 assemble.keep_freed_memory()  # as every run does
 
 
-def make_agent(preset: str, obs_space: dict[str, Space], device: str = "cpu") -> DreamerAgent:
-    config, _ = configs.resolve("dreamerv3", [preset])
-    return DreamerAgent(obs_space, ACTION, config, device=device)
+def make_agent(
+    preset: str,
+    obs_space: dict[str, Space],
+    device: str = "cpu",
+    act_space: Space = ACTION,
+    **settings: str,
+) -> DreamerAgent:
+    config, _ = configs.resolve("dreamerv3", [preset], settings)
+    return DreamerAgent(obs_space, act_space, config, device=device)
 
 
 def make_replay(agent: DreamerAgent, rows: int = 4096, num_envs: int = 8) -> Replay:
@@ -46,7 +68,7 @@ def make_replay(agent: DreamerAgent, rows: int = 4096, num_envs: int = 8) -> Rep
     for _ in range(rows // num_envs):
         row = {
             "reward": source.random(num_envs, np.float32),
-            "action": source.integers(0, 6, num_envs).astype(np.int32),
+            "action": draw_actions(agent.act_space, num_envs, source),
             "deter": torch.rand(num_envs, rssm.deter).to(torch.bfloat16),
             "stoch": source.integers(0, rssm.classes, (num_envs, rssm.stoch)).astype(np.uint8),
         }
@@ -61,11 +83,17 @@ def make_replay(agent: DreamerAgent, rows: int = 4096, num_envs: int = 8) -> Rep
     return replay
 
 
+def draw_actions(space: Space, num_envs: int, source: np.random.Generator) -> np.ndarray:
+    if space.kind == "discrete":
+        return source.integers(0, min(space.classes), (num_envs, *space.shape)).astype(np.int32)
+    return source.uniform(-1, 1, (num_envs, *space.shape)).astype(np.float32)
+
+
 def whole_update(agent: DreamerAgent, replay: Replay) -> None:
-    """Replay in, replay out."""
-    batch = replay.sample(agent.config.batch_size)
-    _, latents = agent.update(batch)
-    replay.update_latents(batch["ids"], latents["deter"].cpu(), latents["stoch"].cpu())
+    """Replay in, replay out; as many updates as the agent runs at once."""
+    batches = [replay.sample(agent.config.batch_size) for _ in range(agent.updates_at_once)]
+    for batch, (_, latents) in zip(batches, agent.update_many(batches), strict=True):
+        replay.update_latents(batch["ids"], latents["deter"].cpu(), latents["stoch"].cpu())
     if agent.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -124,7 +152,7 @@ def split_update(agent: DreamerAgent, replay: Replay, clock: Stopwatch) -> None:
     clock("replay write-back", replay.update_latents, batch["ids"], *latents.values())
 
 
-def report_update(preset: str, rounds: int) -> None:
+def report_parts(preset: str, rounds: int) -> None:
     agent = make_agent(preset, VECTOR)
     replay, config = make_replay(agent), agent.config
     clocks = {name: Stopwatch() for name in ("reference", "fused")}
@@ -144,7 +172,11 @@ def report_update(preset: str, rounds: int) -> None:
         (slow, slow_iqr), (fast, fast_iqr) = (clock.row(name) for clock in clocks.values())
         cells = f"{slow:10.1f} ({slow_iqr:5.1f}){fast:10.1f} ({fast_iqr:5.1f})"
         print(f"{name:42}{cells}{slow / fast:8.2f}")
-    print(f"bytes per replay row: {replay.bytes_per_row}")
+    whole = clocks["fused"].row("whole update")[0]
+    replay_ms = sum(clocks["fused"].row(f"replay {part}")[0] for part in ("sample", "write-back"))
+    print(
+        f"replay: {replay_ms / whole:.1%} of the fused update, {replay.bytes_per_row} bytes a row"
+    )
 
 
 def report_acting(task: str = "cartpole", num_envs: int = 8, seconds: float = 3.0) -> None:
@@ -191,7 +223,90 @@ def report_start() -> None:
         print(f"process start to the first update and exit: {time.perf_counter() - start:.1f} s")
 
 
+class Contender:
+    """One way to run the update: an agent, its replay, and its times."""
+
+    def __init__(self, way: str, size: str, kind: str, args: argparse.Namespace) -> None:
+        self.way, (self.backend, settings) = way, WAYS[way]
+        settings = settings | {"precision": args.precision}
+        self.agent = make_agent(size, KINDS[kind], args.device, **settings)
+        self.replay = make_replay(self.agent, rows=2048)
+        self.milliseconds: list[float] = []
+
+    def update(self) -> None:
+        start = time.perf_counter()
+        with ops.use_backend(self.backend):
+            whole_update(self.agent, self.replay)
+        self.milliseconds.append(1e3 * (time.perf_counter() - start))
+
+    def row(self, warmup: int) -> dict[str, float | str]:
+        low, middle, high = statistics.quantiles(self.milliseconds[warmup:], n=4)
+        return {
+            "way": self.way,
+            "compile": ", ".join(self.agent.compiled.names) or "off",
+            "precision": self.agent.precision,
+            "parameters": self.agent.parameter_counts()["total"],
+            "ms": round(middle, 3),
+            "iqr": round(high - low, 3),
+            "first_s": round(self.milliseconds[0] / 1e3, 2),
+        }
+
+
+def report_updates(args: argparse.Namespace) -> None:
+    warmup = 6 if args.device == "cuda" else 3  # a graph is recorded at the fourth update
+    found = []
+    for size, kind in itertools.product(args.sizes, args.kinds):
+        torch._dynamo.reset()  # what it keeps for one model would count against the next
+        contenders = [Contender(way, size, kind, args) for way in args.ways]
+        for _ in range(warmup + max(2, args.rounds)):
+            for contender in contenders:
+                contender.update()
+        rows = [contender.row(warmup) for contender in contenders]
+        config = contenders[0].agent.config
+        print(
+            f"\n{size}, {kind}, {rows[0]['parameters']:,} parameters, B{config.batch_size} ", end=""
+        )
+        print(f"T{config.batch_length} I{config.imag_horizon}, {rows[0]['precision']}, ", end="")
+        print(f"{args.device}; ms, median (IQR) of {args.rounds}; first update, s")
+        for row in rows:
+            times = rows[0]["ms"] / row["ms"]
+            print(f"{row['way']:16}{row['ms']:10.2f} ({row['iqr']:7.2f}){times:8.2f}x", end="")
+            print(f"{row['first_s']:10.1f}", flush=True)
+            found.append({"size": size, "kind": kind, "device": args.device} | row)
+        if args.json:  # each time: whoever stops it has some
+            report = {"machine": machine_line(), "rows": found}
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "benchmarks/bench_train.py", description=__doc__.split("\n")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    update = commands.add_parser("update", help="whole updates, replay in and out")
+    update.add_argument("--sizes", nargs="+", default=["size1m", "size12m", "size25m", "size50m"])
+    update.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    ways = ["plain", "plain-compiled", "fastwm"]
+    update.add_argument("--ways", nargs="+", choices=WAYS, default=ways)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    update.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    precisions = ("auto", "fp32", "bf16", "fp16")
+    update.add_argument("--precision", choices=precisions, default="auto")
+    update.add_argument("--rounds", type=int, default=10)
+    update.add_argument("--json", type=Path, help="write the rows there too")
+    parts = commands.add_parser("parts", help="one update split up")
+    parts.add_argument("size", nargs="?", default="size1m")
+    parts.add_argument("--rounds", type=int, default=10)
+    commands.add_parser("acting", help="decisions per second beside the raw environment")
+    commands.add_parser("start", help="from the start of the process to the first update")
+    args = parser.parse_args(argv)
+    if args.command == "update":
+        report_updates(args)
+    elif args.command == "parts":
+        report_parts(args.size, args.rounds)
+    else:
+        {"acting": report_acting, "start": report_start}[args.command]()
+
+
 if __name__ == "__main__":
-    report_update(sys.argv[1] if len(sys.argv) > 1 else "size1m", rounds=10)
-    report_acting()
-    report_start()
+    main()

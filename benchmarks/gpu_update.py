@@ -25,16 +25,15 @@ import torch
 from conftest import machine_line
 from torch.utils._pytree import tree_map
 
-from fastwm import config as configs
 from fastwm import ops
-from fastwm.agents.dreamer import DreamerAgent
 
-KINDS = {"vector": bench_train.VECTOR, "image": bench_train.IMAGE}
-# What an update runs as: the kernels, and the graph around all of it.
+KINDS = bench_train.KINDS
+# What an update runs as: the kernels, the graph around all of it, and how many it holds.
 WAYS = {
-    "reference": ("reference", "off"),
-    "fused": ("fused", "off"),
-    "fused, graph": ("fused", "auto"),
+    "reference": ("reference", {"cudagraphs": "off"}),
+    "fused": ("fused", {"cudagraphs": "off"}),
+    "fused, graph": ("fused", {}),
+    "fused, graph of 4 updates": ("fused", {"updates_per_launch": 4}),
 }
 
 
@@ -83,9 +82,8 @@ class Timer:
 
 
 def update_call(size: str, kind: str, way: str, device: str) -> Callable[[], None]:
-    backend, graph = WAYS[way]
-    config, _ = configs.resolve("dreamerv3", [size], {"cudagraphs": graph})
-    agent = DreamerAgent(KINDS[kind], bench_train.ACTION, config, device=device)
+    backend, settings = WAYS[way]
+    agent = bench_train.make_agent(size, KINDS[kind], device, **settings)
     replay = bench_train.make_replay(agent)
 
     def call() -> None:

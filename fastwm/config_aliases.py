@@ -239,6 +239,7 @@ ALIASES: dict[str, dict[str, Alias]] = {
 VALUES: dict[str, dict[str, str]] = {  # spellings of values, under our own keys
     "precision": {"32": "fp32", "16": "fp16"},
     "device": {"cuda:0": "cuda"},
+    "compile": {"True": "full", "true": "full", "False": "off", "false": "off"},
 }
 
 REFUSED: dict[str, str] = {
@@ -249,7 +250,7 @@ REFUSED: dict[str, str] = {
     "actor_lr": "one optimizer trains all parts: --optim.lr",
     "grad_clip": "--optim.agc bounds each gradient relative to its parameter's norm",
     "imag_gradient": "reinforce trains the policy; dreamerv3_2023 has others",
-    "compile": "nothing is compiled at run time",
+    "compile": "of the algorithms here dreamerv3 has it",
     "run.duration": "give --steps, or stop the run with Ctrl-C: it goes on where it stopped",
     "model.rssm.kl_beta": "give --loss.dyn and --loss.rep, the weights of its two halves",
     "kl_beta": "give --loss.dyn and --loss.rep, the weights of its two halves",

@@ -133,8 +133,14 @@ class DreamerConfig:
     seed: int = key(0, "of networks, actions, sampling and environments", 0, fixed=True)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "where networks run")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", "of matrix products")
+    compile: Literal["auto", "off", "ops", "full"] = key(
+        "auto", "torch.compile: off, of heads and losses (ops), of all before the gradient (full)"
+    )
     cudagraphs: Literal["auto", "on", "off"] = key(
         "auto", "an update as one CUDA graph; auto: on a GPU"
+    )
+    updates_per_launch: int = key(
+        1, "updates in one CUDA graph, when so many are due at once; no effect without a graph", 1
     )
     deterministic: bool = key(False, "same seed, same machine: same bytes; no times in the log")
     threads: int = key(0, "CPU threads of PyTorch; 0: PyTorch's choice", 0)

@@ -1,4 +1,4 @@
-"""An update as one CUDA graph: recorded once per batch shape, then one launch an update.
+"""Updates as one CUDA graph: recorded once per batch shape, then one launch for all of them.
 
 What is recorded must live on the device alone: no host synchronisation, no Python number that
 changes from update to update (counters and learning rates are tensors), random numbers from
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-Batch = dict[str, Tensor]
+Batches = Sequence[dict[str, Tensor]]
 WARMUP = 3  # updates that run as they are before one is recorded: libraries set themselves up
 
 
@@ -46,29 +46,33 @@ class CudaRecorder:
 
 
 class GraphedUpdate:
-    """`update(batch) -> results` (nested tensors), from the fourth batch of a shape on as a graph.
+    """`update(batches) -> results` (nested tensors), from the fourth call of a shape on as a graph.
 
-    Args: update: reads only the batch and tensors that stay in place. recorder: CudaRecorder.
+    A call holds one batch, or several for as many updates in one launch.
+    Args: update: reads only the batches and tensors that stay in place. recorder: CudaRecorder.
     The results are the caller's own; what the update leaves elsewhere (gradients) stays in the
     graph's memory. Where recording fails, one warning says why, and updates run as they are.
     """
 
-    def __init__(self, update: Callable[[Batch], Any], recorder: Any) -> None:
+    def __init__(self, update: Callable[[Batches], Any], recorder: Any) -> None:
         self.update, self.recorder = update, recorder
         self.seen: dict[tuple, int] = {}
         self.recorded: dict[tuple, _Recorded] = {}
         self.failed = False
 
-    def __call__(self, batch: Batch) -> Any:
+    def __call__(self, batches: Batches) -> Any:
         if self.failed:
-            return self.update(batch)
-        shapes = tuple((key, value.shape, value.dtype) for key, value in sorted(batch.items()))
+            return self.update(batches)
+        shapes = tuple(
+            tuple((key, value.shape, value.dtype) for key, value in sorted(batch.items()))
+            for batch in batches
+        )
         if shapes not in self.recorded:
             self.seen[shapes] = self.seen.get(shapes, 0) + 1
             if self.seen[shapes] <= WARMUP:
-                return self.recorder.eager(lambda: self.update(batch))
+                return self.recorder.eager(lambda: self.update(batches))
             try:
-                self.recorded[shapes] = _Recorded(self.update, batch, self.recorder)
+                self.recorded[shapes] = _Recorded(self.update, batches, self.recorder)
             except RuntimeError as error:
                 self.failed = True
                 cause = str(error).strip().splitlines()[0]
@@ -78,21 +82,21 @@ class GraphedUpdate:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-                return self.update(batch)
-        return self.recorded[shapes](batch)
+                return self.update(batches)
+        return self.recorded[shapes](batches)
 
 
 class _Recorded:
-    """One graph, the memory it reads its batch from, and the memory it leaves its results in.
+    """One graph, the memory it reads its batches from, and the memory it leaves its results in.
 
     Results that are single numbers are stacked by type, so that handing them out is a few copies.
     """
 
-    def __init__(self, update: Callable[[Batch], Any], batch: Batch, recorder: Any) -> None:
-        self.batch = {key: value.clone() for key, value in batch.items()}
+    def __init__(self, update: Callable[[Batches], Any], batches: Batches, recorder: Any) -> None:
+        self.batches = [{key: value.clone() for key, value in b.items()} for b in batches]
 
         def record() -> list[Tensor]:
-            leaves, self.spec = tree_flatten(update(self.batch))
+            leaves, self.spec = tree_flatten(update(self.batches))
             self.groups: dict[torch.dtype, list[int]] = {}
             for i, leaf in enumerate(leaves):
                 if leaf.dim() == 0:
@@ -104,9 +108,10 @@ class _Recorded:
 
         self.results, self.replay = recorder.record(record)
 
-    def __call__(self, batch: Batch) -> Any:
-        for key, value in self.batch.items():
-            value.copy_(batch[key], non_blocking=True)
+    def __call__(self, batches: Batches) -> Any:
+        for mine, batch in zip(self.batches, batches, strict=True):
+            for key, value in mine.items():
+                value.copy_(batch[key], non_blocking=True)
         self.replay()
         copies = [result.clone() for result in self.results]
         leaves: list[Any] = [None] * self.count

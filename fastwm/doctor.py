@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():  # what the loader warns of is reported below, with its fix
         warnings.simplefilter("ignore", RuntimeWarning)
         from fastwm import __version__
+        from fastwm.agents import defaults
         from fastwm.ops import backend_info
     info = backend_info()
     print(f"fastwm {__version__} in {os.path.dirname(__file__)}")
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{key:<21}{value}")
     for name, version in doctor_packages.versions().items():
         print(f"{name:<21}{version}")
+    for line in defaults.lines():
+        print(line)
 
     problems, advice = library_findings(info)
     missing, more = doctor_packages.findings()

@@ -1,4 +1,4 @@
-"""The update as one graph. Here the "graph" is a tape on the CPU: it keeps every operation with the
+"""Updates as one graph. Here the "graph" is a tape on the CPU: it keeps every operation with the
 tensors it read and wrote, and running it again touches the same memory and no Python, as CUDA does.
 """
 
@@ -91,6 +91,16 @@ def run(agent, batches):
     return results, agent.state_dict()
 
 
+def compare(expected, actual):
+    """Metrics and latents of every update, bit for bit."""
+    for step, (want, got) in enumerate(zip(expected, actual, strict=True)):
+        for one, two in zip(want, got, strict=True):
+            assert list(one) == list(two)
+            for key in one:
+                assert torch.equal(one[key], two[key]), f"{key} of update {step}"
+                assert one[key].dtype == two[key].dtype
+
+
 CASES = {
     "vector": {},
     "image": {"obs_space": IMAGE},
@@ -105,26 +115,41 @@ def test_replayed_updates_equal_eager_ones(case):
     """Nothing that an update reads stays behind in Python: counters, rates, noise, the batch."""
     plain, graphed = tiny_agent(**CASES[case]), tiny_agent(**CASES[case])
     recorder = TapeRecorder()
-    graphed.step = GraphedUpdate(graphed.update_on_device, recorder)
+    graphed.step = GraphedUpdate(graphed.updates_on_device, recorder)
     torch.manual_seed(1)
     batches = [random_batch(plain) for _ in range(WARMUP + 4)]
     (expected, state), (actual, other) = run(plain, batches), run(graphed, batches)
     assert (recorder.recorded, recorder.replayed) == (1, 4)
-    for step, (want, got) in enumerate(zip(expected, actual, strict=True)):
-        for one, two in zip(want, got, strict=True):
-            assert list(one) == list(two)
-            for key in one:
-                assert torch.equal(one[key], two[key]), f"{key} of update {step}"
-                assert one[key].dtype == two[key].dtype
+    compare(expected, actual)
     assert state["updates"] == other["updates"] == WARMUP + 4
     for one, two in zip(tensors(state), tensors(other), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("case", ["vector", "slow copy now and then"])
+def test_several_updates_of_one_launch_equal_single_ones(case):
+    """Every update of a launch sees the weights that the one before it left."""
+    plain, graphed = tiny_agent(**CASES[case]), tiny_agent(**CASES[case])
+    recorder = TapeRecorder()
+    graphed.step = GraphedUpdate(graphed.updates_on_device, recorder)
+    torch.manual_seed(1)
+    batches = [random_batch(plain) for _ in range(3 * (WARMUP + 2))]
+    expected, state = run(plain, batches)
+    actual = []
+    for i in range(0, len(batches), 3):
+        actual += graphed.update_many(batches[i : i + 3])
+    assert (recorder.recorded, recorder.replayed) == (1, 2)
+    compare(expected, actual)
+    norms = [float(metrics["opt/grad_norm"]) for metrics, _ in actual]
+    assert len(set(norms)) == len(norms)
+    for one, two in zip(tensors(state), tensors(graphed.state_dict()), strict=True):
         assert torch.equal(one, two)
 
 
 def test_results_are_the_callers_own():
     """A later update does not write over what an earlier one handed out."""
     agent = tiny_agent()
-    agent.step = GraphedUpdate(agent.update_on_device, TapeRecorder())
+    agent.step = GraphedUpdate(agent.updates_on_device, TapeRecorder())
     results = [agent.update(random_batch(agent)) for _ in range(WARMUP + 1)]
     metrics, latents = results[-1]
     before = [x.clone() for x in tensors((metrics, latents))]
@@ -134,7 +159,7 @@ def test_results_are_the_callers_own():
 
 def test_every_batch_shape_has_its_graph():
     agent, recorder = tiny_agent(), TapeRecorder()
-    agent.step = GraphedUpdate(agent.update_on_device, recorder)
+    agent.step = GraphedUpdate(agent.updates_on_device, recorder)
     for _ in range(WARMUP + 2):
         for rows in (3, 4):
             agent.update(random_batch(agent, rows))
@@ -143,7 +168,7 @@ def test_every_batch_shape_has_its_graph():
 
 def test_failure_falls_back_once():
     agent, plain, recorder = tiny_agent(), tiny_agent(), TapeRecorder(fail=True)
-    agent.step = GraphedUpdate(agent.update_on_device, recorder)
+    agent.step = GraphedUpdate(agent.updates_on_device, recorder)
     batches = [random_batch(agent) for _ in range(WARMUP + 3)]
     with pytest.warns(RuntimeWarning, match="not permitted when stream is capturing\\); ") as seen:
         _, state = run(agent, batches)
@@ -164,7 +189,7 @@ def test_graph_equals_eager_on_the_gpu(precision):
     config = tiny_config(precision=precision)
     graphed = DreamerAgent(PROPRIO, DISCRETE, config, device="cuda", seed=3)
     plain = DreamerAgent(PROPRIO, DISCRETE, config, device="cuda", seed=3)
-    plain.step = plain.update_on_device
+    plain.step = plain.updates_on_device
     assert isinstance(graphed.step, GraphedUpdate)
     batches = [random_batch(tiny_agent()) for _ in range(WARMUP + 4)]
     for agent in (graphed, plain):

@@ -11,6 +11,7 @@ PACKAGE = Path(fastwm.__file__).parent
 SIDE = -1  # the side column: may import rank 0 only, and nothing of rank 1 to 6 nor each other
 RANKS = {
     "config": 0, "settings": 0, "spaces": 0, "_replay": 0, "configs": 0, "cudagraph": 0,
+    "compiled": 0,
     "ops": 1,
     "nets": 2, "distributions": 2, "optim": 2,
     "rssm": 3,

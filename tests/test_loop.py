@@ -17,6 +17,7 @@ from fastwm import assemble, checkpoint, config
 from fastwm.agents.random import RandomAgent
 from fastwm.envs.dummy import DummyEnv
 from fastwm.loops import online
+from fastwm.loops import transfer as transfer_module
 from fastwm.loops.evaluate import evaluate, seed_of, summarize
 from fastwm.loops.finite import FiniteWatch, NonFiniteError
 from fastwm.loops.transfer import Transfer
@@ -318,6 +319,64 @@ def test_latents_of_a_bad_update_are_not_stored():
         transfer.write_back(torch.tensor(i), latents, torch.tensor(finite))
     transfer.flush()
     assert Replay.stored == [0, 2]
+
+
+def test_updates_share_launches_where_so_many_are_due(tmp_path):
+    """5 are due after every step of the environments: two launches of 2, and one update alone."""
+    run = make(tmp_path, "--train_ratio", "80", "--steps", "96")
+    run.agent.updates_at_once, sizes, ids = 2, [], []
+    update_many, write_back = run.agent.update_many, run.transfer.write_back
+
+    def counted(batches):
+        sizes.append(len(batches))
+        return update_many(batches)
+
+    def spied(found, latents, finite, first):
+        ids.append((found, first))
+        write_back(found, latents, finite, first)
+
+    run.agent.update_many, run.transfer.write_back = counted, spied
+    before = run.learn
+    due = []
+
+    def learn():
+        updates = run.updates
+        before()
+        due.append(run.updates - updates)
+
+    run.learn = learn
+    online.train(run)
+    assert run.updates == run.agent.updates == sum(sizes) == len(ids) == sum(due)
+    expected = [size for count in due for size in [2] * (count // 2) + [1] * (count % 2)]
+    assert sizes == expected and {1, 2} == set(sizes)
+    assert [first for _, first in ids] == [i == 0 for size in sizes for i in range(size)]
+    assert len({id(found) for found, _ in ids}) == len(ids)  # none in a buffer that is used again
+
+
+def test_latents_of_a_launch_are_stored_with_the_next(monkeypatch):
+    """As on a GPU, where they are on their way until then."""
+    stored = []
+
+    class Replay:
+        def update_latents(self, ids, deter, stoch):
+            stored.append(int(ids))
+
+    class Event:
+        def record(self):
+            pass
+
+        synchronize = record
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(transfer_module, "_to_pinned", torch.clone)
+    transfer = Transfer(Replay(), torch.device("cpu"), 1)
+    transfer.pinned = [({}, Event())] * 2
+    latents = {"deter": torch.zeros(1), "stoch": torch.zeros(1)}
+    for i in range(6):  # three launches of two
+        transfer.write_back(torch.tensor(i), latents, torch.tensor(i != 1), first=i % 2 == 0)
+    assert stored == [0, 2, 3]
+    transfer.flush()
+    assert stored == [0, 2, 3, 4, 5]
 
 
 @pytest.mark.cuda

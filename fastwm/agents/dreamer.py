@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastwm import ops
-from fastwm.agents.policy import RecurrentPolicy, pack_policy
-from fastwm.agents.video import open_loop_video
+from fastwm.agents import defaults
+from fastwm.agents.dreamer_base import DreamerBase, Noise
 from fastwm.behavior import Actor, Critic, ReturnNorm, imag_loss, repl_loss
+from fastwm.compiled import CompiledParts
 from fastwm.config import DreamerConfig
 from fastwm.cudagraph import CudaRecorder, GraphedUpdate
 from fastwm.explore import Explorer
@@ -25,18 +24,11 @@ from fastwm.settings import ConfigError
 from fastwm.spaces import Space
 from fastwm.worldmodels.dreamer import Posterior, WorldModel
 
-
-class Noise(NamedTuple):
-    """Every random draw of one update; None stands for the mode.
-
-    posterior (B, T, S) and prior (I, N, S) are uniform; action (I+1, N, ...) is what
-    `Actor.noise` draws, with N = B*T. explore holds prior and action for the explorer's rollout.
-    """
-
-    posterior: Tensor | None
-    prior: Tensor | None
-    action: Tensor | None
-    explore: tuple[Tensor, Tensor] | None = None
+COMPILED = {  # setting `compile` -> what torch.compile gets; gradients follow
+    "off": (),
+    "ops": ("world_losses", "actor_critic_losses"),  # heads and losses, around the kernels
+    "full": ("losses",),  # with encoder, sequence and rollout: the kernels are opaque in it
+}
 
 
 class Losses(NamedTuple):
@@ -48,6 +40,15 @@ class Losses(NamedTuple):
     post: Posterior
     return_range: Tensor
     explore_range: Tensor | None = None  # of the explorer's normalizer
+
+
+class Imagined(NamedTuple):
+    """features (N, I+1, F), action (N, I+1, A); products: what the first layer of every head made
+    of the features before its norm, (N, I+1, units) by name, so that each state is read once."""
+
+    features: Tensor
+    action: Tensor
+    products: dict[str, Tensor]
 
 
 class DreamerModel(nn.Module):
@@ -80,11 +81,10 @@ class DreamerModel(nn.Module):
         self.explorer = Explorer(self.world.rssm, act_space, config) if wanted else None
 
 
-class DreamerAgent:
+class DreamerAgent(DreamerBase):
     """Acts in environments and learns from replay batches.
 
     obs_space, act_space: see fastwm.spaces. config: fastwm.config.DreamerConfig.
-    The same seed, data and device give the same agent bit for bit on a CPU.
     """
 
     def __init__(
@@ -96,144 +96,24 @@ class DreamerAgent:
         device: str | torch.device = "cpu",
         seed: int = 0,
     ) -> None:
-        self.config, self.device = config, torch.device(device)
-        self.obs_space, self.act_space = dict(obs_space), act_space
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model = DreamerModel(obs_space, act_space, config).to(self.device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.act_generator = torch.Generator(self.device).manual_seed(seed + (1 << 40))
+        super().__init__(obs_space, act_space, config, DreamerModel, device, seed)
         self.optimizer = LaProp(self.trainable(), **asdict(config.optim))
         self.copies = self.model.critic.copies(self.optimizer.params)
         self.loss_scale = LossScale(self.device) if self.precision == "fp16" else None
-        self.policy = RecurrentPolicy(
-            self.model.world.encoder, self.model.world.rssm, self.model.actor
-        )
-        # Class indices travel in the smallest type that holds them.
-        self.index_dtype = torch.uint8 if config.rssm.classes <= 256 else torch.int32
-        self.updates = self.acted = 0  # acted: env_steps of training
-        self.counter = torch.zeros((), dtype=torch.int64, device=self.device)  # the same, there
-        self.step = self.update_on_device
+        self.counter = torch.zeros((), dtype=torch.int64, device=self.device)  # updates, there
         if config.cudagraphs == "on" and self.device.type != "cuda":
             raise ConfigError(
                 f"DreamerAgent: expected cudagraphs auto or off on device {self.device}, got on; "
                 "graphs are of CUDA"
             )
-        if config.cudagraphs != "off" and self.device.type == "cuda":
-            self.step = GraphedUpdate(self.update_on_device, CudaRecorder([self.generator]))
-        self.loss_terms: dict[str, Tensor] = {}
-
-    def trainable(self) -> list[tuple[str, nn.Parameter]]:
-        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Trainable parameters by part, and in total (the slow critic does not count)."""
-        world = self.model.world
-        parts = {
-            "rssm": world.rssm,
-            "encoder": world.encoder,
-            "decoder": world.decoder,
-            "reward": world.reward,
-            "cont": world.cont,
-            "actor": self.model.actor,
-            "critic": self.model.critic.net,
-        }
-        parts |= {"explorer": self.model.explorer} if self.model.explorer else {}
-        counts = {name: sum(p.numel() for p in m.parameters()) for name, m in parts.items()}
-        return counts | {"total": sum(counts.values())}
-
-    def replay_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and dtype name of every key of a replay row, latents included."""
-        rssm = self.model.world.rssm
-        index = str(self.index_dtype).removeprefix("torch.")
-        spec = {key: ((), "bool") for key in ("is_first", "is_last", "is_terminal")}
-        spec |= {
-            "action": (self.act_space.shape, self.act_space.dtype),
-            "reward": ((), "float32"),
-            "deter": ((rssm.deter,), "bfloat16"),
-            "stoch": ((rssm.stoch,), index),
-        }
-        taken = sorted(set(spec) & set(self.obs_space))
-        if taken:
-            raise ValueError(
-                f"DreamerAgent: expected other observation names than {sorted(spec)}, got {taken}; "
-                "rename them in the environment"
-            )
-        return spec | {key: (space.shape, space.dtype) for key, space in self.obs_space.items()}
-
-    @property
-    def precision(self) -> str:
-        """fp32, bf16 or fp16: what "auto" stands for on this device."""
-        if self.config.precision != "auto":
-            return self.config.precision
-        if self.device.type != "cuda":
-            return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-    def autocast(self):
-        if self.precision == "fp32":
-            return nullcontext()
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
-        return torch.autocast(self.device.type, dtype)
-
-    # Acting
-
-    def initial_state(self, num_envs: int) -> dict[str, Tensor]:
-        return self.policy.initial_state(num_envs)
-
-    def act(
-        self,
-        rows: dict[str, np.ndarray],
-        state: dict[str, Tensor],
-        mode: str = "train",
-        generator: torch.Generator | None = None,
-    ) -> tuple[np.ndarray, dict[str, Tensor], dict[str, Tensor]]:
-        """Actions (N, *shape) for a row of every environment.
-
-        rows: observations and is_first (see fastwm.envs). mode: "train" and "sample" draw actions,
-        "greedy" takes the mode. generator: source of noise, the agent's own by default.
-        Returns actions, the next state, and the latents to store: deter (N, D), stoch (N, S).
-        """
-        obs = {key: torch.as_tensor(rows[key]).to(self.device) for key in self.obs_space}
-        is_first = torch.as_tensor(rows["is_first"]).to(self.device)
-        source = self.act_generator if generator is None else generator
-        mode, actor = self.who_acts(mode, len(is_first))
-        with self.autocast():
-            action, state = self.policy.step(obs, state, is_first, mode, source, actor)
-        return action.cpu().numpy(), state, self.latents(state)
-
-    def who_acts(self, mode: str, count: int) -> tuple[str, Actor]:
-        """How actions are chosen, and by whom: in training by the explorer while it is wanted."""
-        expl, acted = self.config.expl, self.acted
-        self.acted += count if mode in ("train", "random") else 0
-        if mode != "train" or expl.behavior == "greedy" or 0 < expl.until <= acted:
-            return mode, self.model.actor
-        if expl.behavior == "random":
-            return "random", self.model.actor
-        return mode, self.model.explorer.actor
-
-    def latents(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What a replay row keeps of an acting state."""
-        return {
-            "deter": state["deter"].to(torch.bfloat16).cpu(),
-            "stoch": state["stoch"].argmax(-1).to(self.index_dtype).cpu(),
-        }
+        mode = defaults.chosen("compile", config.compile, self.device)
+        self.compiled = CompiledParts(self, COMPILED[mode])
+        self.step, self.updates_at_once = self.updates_on_device, 1
+        if defaults.chosen("cudagraphs", config.cudagraphs, self.device) == "on":
+            self.step = GraphedUpdate(self.updates_on_device, CudaRecorder([self.generator]))
+            self.updates_at_once = config.updates_per_launch
 
     # Learning
-
-    def draw_noise(self, batch: int, length: int) -> Noise:
-        rssm, horizon = self.model.world.rssm, self.config.imag_horizon
-        starts = batch * min(self.config.imag_last or length, length)
-
-        def uniform(*shape: int) -> Tensor:
-            return torch.rand(*shape, generator=self.generator, device=self.device)
-
-        def rollout() -> tuple[Tensor, Tensor]:
-            action = self.model.actor.noise((horizon + 1, starts), self.generator)
-            return uniform(horizon, starts, rssm.stoch), action
-
-        posterior, (prior, action) = uniform(batch, length, rssm.stoch), rollout()
-        return Noise(posterior, prior, action, rollout() if self.model.explorer else None)
 
     def losses(self, batch: dict[str, Tensor], noise: Noise, *, normalize: bool = True) -> Losses:
         """All loss terms of one batch (see fastwm.replay for its keys), already on the device.
@@ -243,7 +123,7 @@ class DreamerAgent:
         world, config = self.model.world, self.config
         with self.autocast():
             _, post = world.observe(batch, noise.posterior)
-            terms, metrics = world.losses(batch, post)
+            terms, metrics = self.world_losses(batch, post)
             last = min(config.imag_last or post.deter.shape[1], post.deter.shape[1])
             behavior, more, limits = self.behavior_losses(batch, post, last, noise, normalize)
             explored = self.explorer_losses(batch, post, last, noise)
@@ -251,6 +131,9 @@ class DreamerAgent:
         scales = asdict(config.loss) | {"recon": config.loss.rec, "expl": 1.0}
         total = sum(scales[name.split("/")[0]] * term.mean() for name, term in terms.items())
         return Losses(total, terms, metrics, post, limits, explored[2])
+
+    def world_losses(self, batch: dict[str, Tensor], post: Posterior) -> tuple[dict, dict]:
+        return self.model.world.losses(batch, post)
 
     def explorer_losses(
         self, batch: dict[str, Tensor], post: Posterior, last: int, noise: Noise
@@ -266,9 +149,20 @@ class DreamerAgent:
     def behavior_losses(
         self, batch: dict[str, Tensor], post: Posterior, last: int, noise: Noise, normalize: bool
     ) -> tuple[dict, dict, Tensor]:
-        """Imagine from the last rows of the posterior, and train actor and critic."""
+        """Terms, metrics and the normalizer's range: imagined from the last rows, and on these."""
+        imagined = self.imagine(post, last, noise)
+        return self.actor_critic_losses(batch, post, last, imagined, normalize)
+
+    def actor_critic_losses(
+        self,
+        batch: dict[str, Tensor],
+        post: Posterior,
+        last: int,
+        imagined: Imagined,
+        normalize: bool,
+    ) -> tuple[dict, dict, Tensor]:
         world, critic, config = self.model.world, self.model.critic, self.config
-        features, action, products = self.imagine(post, last, noise)
+        features, action, products = imagined
         with torch.no_grad():
             reward = world.reward.recall(products["reward"], features)
             reward = ops.twohot_mean(reward, world.reward_bins)
@@ -300,36 +194,34 @@ class DreamerAgent:
             slow_reg=config.critic.slow_reg,
         )
         shape = (post.deter.shape[0], last)
-        window = {k: batch[k][:, -last:] for k in ("reward", "is_last", "is_terminal")}
-        replay_features = feat(post.deter[:, -last:], post.stoch[:, -last:])
-        repval = repl_loss(
-            **window,
-            boot=out.returns[:, 0].reshape(shape),
-            value_logits=critic(replay_features),
-            slow_value=critic.slow_mean(replay_features.detach()),
-            bins=critic.bins,
-            discount=horizon_discount,
-            lam=config.lam,
-            slow_reg=config.critic.slow_reg,
-        )
         terms = {
             "policy": out.policy.mean(1).reshape(shape),
             "value": out.value.mean(1).reshape(shape),
-            "repval": repval,
+            "repval": self.replay_value_loss(batch, post, out.returns[:, 0].reshape(shape)),
         }
         metrics = self.behavior_metrics(out, reward, cont, slow, policy, limits)
         metrics["val"] = out.mean.mean()
         return terms, metrics, limits
 
-    @torch.no_grad()
-    def imagine(
-        self, post: Posterior, last: int, noise: Noise
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Roll out from every one of the last rows, without gradients.
+    def replay_value_loss(self, batch: dict[str, Tensor], post: Posterior, boot: Tensor) -> Tensor:
+        """The critic's loss on the last rows, (B, L-1); boot (B, L): the return imagined there."""
+        critic, config, last = self.model.critic, self.config, boot.shape[1]
+        window = {k: batch[k][:, -last:] for k in ("reward", "is_last", "is_terminal")}
+        features = feat(post.deter[:, -last:], post.stoch[:, -last:])
+        return repl_loss(
+            **window,
+            boot=boot,
+            value_logits=critic(features),
+            slow_value=critic.slow_mean(features.detach()),
+            bins=critic.bins,
+            discount=1.0 - 1.0 / config.discount_horizon,
+            lam=config.lam,
+            slow_reg=config.critic.slow_reg,
+        )
 
-        Returns features (N, I+1, F), actions (N, I+1, A), and what the first layer of every head
-        made of the features before its norm, (N, I+1, units) by name: each state is read once.
-        """
+    @torch.no_grad()
+    def imagine(self, post: Posterior, last: int, noise: Noise) -> Imagined:
+        """Roll out from every one of the last rows, without gradients."""
         model, horizon = self.model, self.config.imag_horizon
         heads = {
             "actor": model.actor.mlp,
@@ -350,11 +242,7 @@ class DreamerAgent:
 
         features, action = model.world.rssm.imagine(deter, stoch, policy, horizon, noise.prior)
         products = (torch.stack(parts, 1) for parts in zip(*steps, strict=True))
-        return features, action, dict(zip(heads, products, strict=True))
-
-    def starts(self, post: Posterior, last: int) -> tuple[Tensor, Tensor]:
-        """Where imagination begins, (N, D) and (N, S, K): the last rows of the posterior."""
-        return tuple(x[:, -last:].detach().flatten(0, 1) for x in (post.deter, post.stoch))
+        return Imagined(features, action, dict(zip(heads, products, strict=True)))
 
     @torch.no_grad()
     def behavior_metrics(self, out, reward, cont, slow, policy, limits) -> dict[str, Tensor]:
@@ -379,9 +267,6 @@ class DreamerAgent:
             metrics["rand"] = entropy / limit
         return metrics
 
-    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-
     def update(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One gradient step on a replay batch.
 
@@ -389,15 +274,22 @@ class DreamerAgent:
         back: deter (B, T, D) bfloat16, stoch (B, T, S). A non-finite loss or gradient changes no
         parameter, moment or normalizer; metrics["opt/finite"] tells.
         """
-        metrics, latents = self.step(self.to_device(batch))
-        self.updates += 1
-        return metrics, latents
+        return self.update_many([batch])[0]
+
+    def update_many(self, batches: Sequence[dict[str, Tensor]]) -> list[tuple[dict, dict]]:
+        """`update` on each batch in turn; as one graph they cost one launch."""
+        results = self.step([self.to_device(batch) for batch in batches])
+        self.updates += len(batches)
+        return results
+
+    def updates_on_device(self, batches: Sequence[dict[str, Tensor]]) -> list[tuple[dict, dict]]:
+        return [self.update_on_device(batch) for batch in batches]
 
     def update_on_device(self, batch: dict[str, Tensor]) -> tuple[dict, dict]:
         """All of `update` that a CUDA graph can hold: no host sync, no number kept in Python."""
-        out = self.losses(batch, self.draw_noise(*batch["is_first"].shape))
-        self.optimizer.zero_grad()
-        grad_norm, applied, finite = self.descend(out.total)
+        noise = self.draw_noise(*batch["is_first"].shape)
+        out = self.compiled(lambda: self.gradients(batch, noise))
+        grad_norm, applied, finite = self.descend(out.total.detach())
         self.model.return_norm.commit(out.return_range, applied)
         self.counter += 1
         if not self.copies.slow:
@@ -418,13 +310,20 @@ class DreamerAgent:
         }
         return metrics, latents
 
-    def descend(self, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward pass and optimizer step: gradient norm, whether it was applied, and whether
-        all is well. An overflow that a smaller loss scale can cure is well: it costs one update.
+    def gradients(self, batch: dict[str, Tensor], noise: Noise) -> Losses:
+        """The losses of a batch; their gradients, times the loss scale, are left in `.grad`."""
+        self.optimizer.zero_grad()
+        out, scale = self.losses(batch, noise), self.loss_scale
+        (out.total if scale is None else out.total * scale.value).backward()
+        return out
+
+    def descend(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Optimizer step: gradient norm, whether it was applied, and whether all is well.
+
+        An overflow that a smaller loss scale can cure is well: it costs one update.
         """
-        loss, scale = total.detach(), self.loss_scale
+        scale = self.loss_scale
         factor = 1.0 if scale is None else scale.value
-        (total if scale is None else total * factor).backward()
         grad_norm, applied = self.optimizer.step(loss, factor, self.copies)
         if scale is None:
             return grad_norm, applied, applied
@@ -432,69 +331,19 @@ class DreamerAgent:
         scale.follow(applied)
         return grad_norm, applied, finite
 
-    def first_nonfinite(self, batch: dict[str, Tensor]) -> str:
-        """Name of the first bad tensor of the last update, in the order data flows."""
-        groups = {
-            "batch": {k: v for k, v in batch.items() if v.is_floating_point()},
-            "param": dict(self.model.named_parameters()),
-            "loss": self.loss_terms,
-            "grad": {n: p.grad for n, p in self.trainable() if p.grad is not None},
-        }
-        for group, tensors in groups.items():
-            for name, tensor in tensors.items():
-                if not torch.isfinite(tensor.float()).all():
-                    return f"{group}/{name}"
-        return "none"
-
-    @torch.no_grad()
-    def report(self, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """Open-loop videos by image key: (T, H, W, 3) uint8, truth over model over error."""
-        world = self.model.world
-        if not world.decoder.image_keys:
-            return {}
-        batch = {key: value[:6] for key, value in self.to_device(batch).items()}
-        rows, length = batch["is_first"].shape
-        context = max(1, min(length // 2, 16))
-        source = torch.Generator(self.device).manual_seed(self.config.seed)
-        shape = {"generator": source, "device": self.device}
-        noise = torch.rand(rows, context, world.rssm.stoch, **shape)
-        imag_noise = torch.rand(length - context, rows, world.rssm.stoch, **shape)
-        recon = world.open_loop(batch, context, noise, imag_noise)
-        return {
-            f"openloop/{key}": open_loop_video(batch[key], recon[key], context) for key in recon
-        }
-
-    def save_policy(self, path: str | Path) -> None:
-        """Write what acting needs, for `fastwm.load_policy`."""
-        rssm = asdict(self.config.rssm)
-        rssm.pop("free_nats")
-        options = {
-            "encoder": asdict(self.config.encoder),
-            "rssm": rssm,
-            "actor": asdict(self.config.actor),
-        }
-        torch.save(pack_policy(self.policy, self.obs_space, options), path)
-
     # State
 
     def state_dict(self) -> dict:
         """Everything that the next update depends on."""
-        return {
-            "model": self.model.state_dict(),
+        scale = self.loss_scale and self.loss_scale.state_dict()
+        return super().state_dict() | {
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "act_generator": self.act_generator.get_state(),
-            "updates": self.updates,
-            "acted": self.acted,
-            "loss_scale": self.loss_scale and self.loss_scale.state_dict(),
+            "loss_scale": scale,
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
+        super().load_state_dict(state)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"].cpu())
-        self.act_generator.set_state(state["act_generator"].cpu())
-        self.updates, self.acted = int(state["updates"]), int(state.get("acted", 0))
         self.counter.fill_(self.updates)
         if self.loss_scale is not None and state.get("loss_scale"):  # precision may change
             self.loss_scale.load_state_dict(state["loss_scale"])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastwm.agents.dreamer import DreamerAgent, Noise
-from fastwm.agents.policy import RecurrentPolicy, pack_policy
+from fastwm.agents.dreamer_base import DreamerBase, Noise
 from fastwm.behavior import ReturnNorm
 from fastwm.behavior_2023 import Actor, Behavior, Critic, frozen
 from fastwm.config import DreamerConfig2023
@@ -76,11 +75,10 @@ class DreamerModel2023(nn.Module):
         return self.task.critic
 
 
-class DreamerAgent2023(DreamerAgent):
+class DreamerAgent2023(DreamerBase):
     """Acts in environments and learns from replay batches; stores no latents.
 
     obs_space, act_space: see fastwm.spaces. config: fastwm.config.DreamerConfig2023.
-    The same seed, data and device give the same agent bit for bit on a CPU.
     """
 
     def __init__(
@@ -92,19 +90,8 @@ class DreamerAgent2023(DreamerAgent):
         device: str | torch.device = "cpu",
         seed: int = 0,
     ) -> None:
-        self.config, self.device = config, torch.device(device)
-        self.obs_space, self.act_space = dict(obs_space), act_space
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model = DreamerModel2023(obs_space, act_space, config).to(self.device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.act_generator = torch.Generator(self.device).manual_seed(seed + (1 << 40))
+        super().__init__(obs_space, act_space, config, DreamerModel2023, device, seed)
         self.optimizers = self.make_optimizers()
-        self.policy = RecurrentPolicy(self.model.world.encoder, self.model.world.rssm,
-                                      self.model.actor)  # fmt: skip
-        self.index_dtype = torch.uint8  # unused: no latents are stored
-        self.updates = self.acted = 0  # acted: env_steps of training
-        self.loss_terms: dict[str, Tensor] = {}
 
     def make_optimizers(self) -> dict[str, ScaledAdam]:
         model, options = self.model, self.config.optim
@@ -221,35 +208,17 @@ class DreamerAgent2023(DreamerAgent):
         metrics |= {"opt/loss": total.detach(), "opt/finite": well & behavior_well & explorer_well}
         return metrics, {}
 
-    def save_policy(self, path: str | Path) -> None:
-        """Write what acting needs, for `fastwm.load_policy`."""
-        rssm = asdict(self.config.rssm)
-        rssm.pop("free_nats")
-        options = {
-            "networks": "2023",
-            "encoder": asdict(self.config.encoder),
-            "rssm": rssm,
-            "actor": split_options(self.config)[0],
-        }
-        torch.save(pack_policy(self.policy, self.obs_space, options), path)
+    def actor_options(self) -> dict[str, Any]:
+        return {"networks": "2023", "actor": split_options(self.config)[0]}
 
     # State
 
     def state_dict(self) -> dict:
         """Everything that the next update depends on."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizers": {name: part.state_dict() for name, part in self.optimizers.items()},
-            "generator": self.generator.get_state(),
-            "act_generator": self.act_generator.get_state(),
-            "updates": self.updates,
-            "acted": self.acted,
-        }
+        optimizers = {name: part.state_dict() for name, part in self.optimizers.items()}
+        return super().state_dict() | {"optimizers": optimizers}
 
     def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
+        super().load_state_dict(state)
         for name, part in self.optimizers.items():
             part.load_state_dict(state["optimizers"][name])
-        self.generator.set_state(state["generator"].cpu())
-        self.act_generator.set_state(state["act_generator"].cpu())
-        self.updates, self.acted = int(state["updates"]), int(state.get("acted", 0))

@@ -130,12 +130,19 @@ class OnlineRun:
         return np.where(last.reshape(-1, *[1] * (action.ndim - 1)), np.zeros_like(action), action)
 
     def learn(self) -> None:
-        """As many updates as the train ratio asks for, once the replay holds enough."""
+        """As many updates as the train ratio asks for, once the replay holds enough.
+
+        Where the agent can run several at once, they share a launch; what is left runs singly.
+        """
         if self.replay is None or not self._may_learn():
             return
         pretrain = self.config.replay.pretrain if self.updates == 0 else 0
-        for _ in range(self.ratio(self.env_steps) + pretrain):
-            self._update()
+        due = self.ratio(self.env_steps) + pretrain
+        at_once = getattr(self.agent, "updates_at_once", 1)
+        while due > 0:
+            count = at_once if due >= at_once else 1
+            self._update(count)
+            due -= count
 
     def _may_learn(self) -> bool:
         config = self.config
@@ -145,22 +152,29 @@ class OnlineRun:
         most = config.replay.capacity // config.envs * config.envs
         return len(self.replay) >= min(rows, most) and self.replay.can_sample(config.batch_size)
 
-    def _update(self) -> None:
+    def _update(self, count: int) -> None:
+        """`count` updates; several have sampled their batches before the first of them runs."""
         time = self.logger.time
-        self.trace()
-        with time("replay"):
-            sampled = self.transfer.sample()
-        with time("copy"):
-            self.batch = self.transfer.to_device(sampled)
+        ids, batches = [], []
+        for _ in range(count):
+            self.trace()
+            with time("replay"):
+                sampled = self.transfer.sample()
+                ids.append(sampled["ids"].clone() if count > 1 else sampled["ids"])
+            with time("copy"):
+                batches.append(self.transfer.to_device(sampled))
         with time("learner"):
-            metrics, latents = self.agent.update(self.batch)
+            update = self.agent.update
+            results = self.agent.update_many(batches) if count > 1 else [update(batches[0])]
             self.transfer.wait()
-        self.updates += 1
-        self.finite(metrics["opt/finite"], {"batch": self.batch, "metrics": metrics})
-        with time("replay"):
-            self.transfer.write_back(sampled["ids"], latents, metrics["opt/finite"])
-        with time("log"):
-            self.logger.train.add(metrics)
+        self.batch = batches[-1]
+        for i, (metrics, latents) in enumerate(results):
+            self.updates += 1
+            self.finite(metrics["opt/finite"], {"batch": batches[i], "metrics": metrics})
+            with time("replay"):
+                self.transfer.write_back(ids[i], latents, metrics["opt/finite"], first=i == 0)
+            with time("log"):
+                self.logger.train.add(metrics)
 
     def _count_episodes(self) -> None:
         rows = self.rows

@@ -14,7 +14,7 @@ class Transfer:
 
     On a CPU both happen at once. On a GPU batches go through two pinned buffers in turn, and the
     latents of an update are written into the replay when the next update is under way: the host
-    is then one update ahead of the device and never further.
+    is then one launch ahead of the device and never further.
 
     Args: replay: fastwm.replay.Replay. device: of the agent. batch_size: B.
     """
@@ -22,7 +22,7 @@ class Transfer:
     def __init__(self, replay: Any, device: torch.device, batch_size: int) -> None:
         self.replay, self.device, self.batch_size = replay, device, batch_size
         self.pinned: list[tuple[Batch, torch.cuda.Event]] = []
-        self.waiting: tuple[torch.Tensor, Batch, torch.Tensor, torch.cuda.Event] | None = None
+        self.waiting: list[tuple[torch.Tensor, Batch, torch.Tensor, torch.cuda.Event]] = []
         if device.type == "cuda":
             self.pinned = [
                 (replay.empty_batch(batch_size, pin_memory=True), torch.cuda.Event())
@@ -46,31 +46,33 @@ class Transfer:
         return moved
 
     def wait(self) -> None:
-        """Until the latents of the update before are on the host."""
-        if self.waiting is not None:
-            self.waiting[3].synchronize()
+        """Until the latents of the launch before are on the host."""
+        if self.waiting:
+            self.waiting[-1][3].synchronize()
 
-    def write_back(self, ids: torch.Tensor, latents: Batch, finite: torch.Tensor) -> None:
+    def write_back(
+        self, ids: torch.Tensor, latents: Batch, finite: torch.Tensor, first: bool = True
+    ) -> None:
         """Store an update's latents, unless the update was not finite.
 
         Args: ids: (B, 2) of the batch. latents: deter (B, T, D), stoch (B, T, S), or nothing for
-        an agent that stores none. finite: 0-d bool.
+        an agent that stores none. finite: 0-d bool. first: of the updates of one launch.
         """
-        self.flush()
+        if first:
+            self.flush()
         if not self.pinned:
             self._store(ids, latents, finite)
             return
         host = {key: _to_pinned(value) for key, value in latents.items()}
         flag, arrived = _to_pinned(finite), torch.cuda.Event()
         arrived.record()
-        self.waiting = (ids.clone(), host, flag, arrived)
+        self.waiting.append((ids.clone(), host, flag, arrived))
 
     def flush(self) -> None:
         """Store what is under way."""
         self.wait()
-        if self.waiting is not None:
-            ids, latents, finite, _ = self.waiting
-            self.waiting = None
+        waiting, self.waiting = self.waiting, []
+        for ids, latents, finite, _ in waiting:
             self._store(ids, latents, finite)
 
     def _store(self, ids: torch.Tensor, latents: Batch, finite: torch.Tensor) -> None:

@@ -1,0 +1,51 @@
+"""What "auto" stands for on a device, and why; `python -m fastwm.doctor` prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+
+class Default(NamedTuple):
+    value: str
+    reason: str
+
+
+def precision(device: torch.device) -> Default:
+    if device.type != "cuda":
+        return Default("fp32", "the CPU kernels compute in float32")
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return Default("bf16", "this GPU multiplies bfloat16, which needs no loss scale")
+    return Default("fp16", "this GPU does not multiply bfloat16; the loss is scaled")
+
+
+def compiled(device: torch.device) -> Default:
+    if device.type != "cuda":
+        return Default("off", "the kernels already cover what a compiler would fuse")
+    return Default("off", "what it adds to the kernels and the graph was never measured on a GPU")
+
+
+def cudagraphs(device: torch.device) -> Default:
+    if device.type != "cuda":
+        return Default("off", "graphs are of CUDA")
+    return Default("on", "an update is hundreds of short kernels: one launch instead of each")
+
+
+DEFAULTS = {"precision": precision, "compile": compiled, "cudagraphs": cudagraphs}
+
+
+def chosen(key: str, value: str, device: torch.device) -> str:
+    """The setting `key` on this device: its value, or what "auto" stands for."""
+    return DEFAULTS[key](device).value if value == "auto" else value
+
+
+def lines() -> Iterator[str]:
+    """What to tell a person about the device that a run would take."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+    yield f"what auto stands for on {name}:"
+    for key, default in DEFAULTS.items():
+        value, reason = default(device)
+        yield f"--{key:<19}{value}: {reason}"
