@@ -13,8 +13,8 @@ import time
 import numpy as np
 import pytest
 
+from fastwm import assemble, envs
 from fastwm import config as settings
-from fastwm import envs
 from fastwm.agents.random import RandomAgent
 from fastwm.envs.base import spread_seeds
 from fastwm.envs.convert import resize
@@ -85,7 +85,38 @@ class Loop:
         for _ in plan:
             self.run.act()
             self.run.learn()
+            self.run.receive()
             self.run.log_if_due()
+
+
+@pytest.mark.parametrize("task", ["cartpole", "atari_pong", "carracing"])
+def test_overlap(benchmark, task, tmp_path):
+    """Training with environments that step while the learner updates, and with waiting ones: the
+    two take turns, a log interval each. extra_info: share, time of overlapping over waiting."""
+    runs, spent = {}, {True: [], False: []}
+    for overlap in spent:
+        flags = {"task": task, "overlap": overlap, "steps": 10**9, "log.every_s": 0}
+        flags |= {"log.tensorboard": False, "log.video_every": 0, "replay.capacity": 20_000}
+        flags |= {"checkpoint.every": 0, "eval.every": 0, "batch_length": 32, "train_ratio": 32}
+        config = settings.resolve("dreamerv3", ["size1m"], flags)[0]
+        runs[overlap] = assemble.online_run(config, tmp_path / str(overlap))
+        runs[overlap].begin(None)
+    benchmark.group = f"{task}, 16 environments, size1m, updates included"
+
+    def turn(overlap):
+        run, start = runs[overlap], time.perf_counter()
+        for _ in range(32):  # 512 rows: 32 updates of 16 x 32
+            run.act()
+            run.learn()
+            run.receive()
+        spent[overlap].append(time.perf_counter() - start)
+
+    while runs[True].updates == 0 or runs[False].updates == 0:
+        turn(True), turn(False)
+    spent[True].clear(), spent[False].clear()
+    benchmark.pedantic(turn, (True,), setup=lambda: turn(False), rounds=5)
+    both = np.median(np.divide(spent[True], spent[False]))
+    benchmark.extra_info["share"] = round(float(both), 3)
 
 
 def compare(benchmark, task: str, num_envs: int, steps: int, rounds: int, folder=None) -> None:

@@ -73,6 +73,7 @@ def measure(argv: list[str], steps: int, every: int) -> dict:
             rewards += float(run.rows["reward"].sum())
             run.act()
             run.learn()
+            run.receive()
             if run.env_steps % every == 0:
                 cells = len({(x, y) for x, y, _ in seen})
                 cpu = round(time.process_time() - start, 1)

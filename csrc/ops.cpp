@@ -28,6 +28,10 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
   m.def("rms_silu(Tensor x, Tensor scale, float eps) -> Tensor");
   m.def("rms_silu_backward(Tensor grad_y, Tensor x, Tensor scale, float eps) -> (Tensor, Tensor)");
 
+  // mlp: layers of (weight, bias, scale), the last one perhaps without scale; on the CPU only
+  m.def("mlp_pack(Tensor[] weights) -> Tensor");
+  m.def("mlp(Tensor x, Tensor packed, Tensor[] weights, bool squash) -> Tensor");
+
   // twohot: `second` is a second target on the same logits; the other result is sum exp(logits - max)
   m.def("twohot_loss(Tensor logits, Tensor bins, Tensor target, Tensor? second, float weight, "
         "float second_weight) -> (Tensor, Tensor)");

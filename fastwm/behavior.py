@@ -54,7 +54,10 @@ class Actor(nn.Module):
 
     def policy(self, x: Tensor) -> Policy:
         """The distribution from the last hidden layer."""
-        outs = [head(x).float() for head in self.heads.values()]
+        return self.distribution([head(x).float() for head in self.heads.values()])
+
+    def distribution(self, outs: Sequence[Tensor]) -> Policy:
+        """The distribution from what the heads say, each (..., A)."""
         if self.space.kind == "discrete":
             return MultiCategorical(outs[0], self.space.classes, self.unimix)
         return BoundedNormal(outs[0], outs[1], *self.std_range)
@@ -80,6 +83,8 @@ class Actor(nn.Module):
         """Encoded actions (N, A) -> what the environment takes (N, *shape)."""
         if self.space.kind != "discrete":
             return action
+        if len(self.space.classes) == 1:
+            return action.argmax(-1).reshape(-1, *self.space.shape).to(torch.int32)
         parts = [part.argmax(-1) for part in action.split(self.space.classes, -1)]
         return torch.stack(parts, -1).reshape(-1, *self.space.shape).to(torch.int32)
 

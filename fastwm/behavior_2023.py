@@ -8,7 +8,7 @@ version.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -65,8 +65,7 @@ class Actor(behavior.Actor):
         names = ("logits",) if act_space.kind == "discrete" else names
         self.heads = nn.ModuleDict({name: Output(units, size, outscale=outscale) for name in names})
 
-    def policy(self, x: Tensor) -> behavior.Policy:
-        outs = [head(x).float() for head in self.heads.values()]
+    def distribution(self, outs: Sequence[Tensor]) -> behavior.Policy:
         if self.space.kind == "discrete":
             return StraightThrough(outs[0], self.space.classes, self.unimix)
         return ClippedNormal(outs[0], outs[1], *self.std_range)

@@ -144,6 +144,7 @@ class DreamerConfig2023:
     threads: int = key(0, "CPU threads of PyTorch; 0: PyTorch's choice", 0)
     steps: int = key(1_000_000, "env_steps of the whole run", 0)
     envs: int = key(4, "environments N stepped together", 1, fixed=True)
+    overlap: bool = key(True, "environments step while the learner updates; the run is the same")
     batch_size: int = key(16, "sequences B per update", 1)
     batch_length: int = key(64, "rows T per sequence", 1, fixed=True)
     train_ratio: float = key(512.0, "replayed rows per env_step", 0)

@@ -37,8 +37,10 @@ class MultiCategorical:
         parts = []
         for i, part in enumerate(self.logits):
             u = None if noise is None else noise[..., i : i + 1]
-            index, _ = ops.latent_sample(part.unsqueeze(-2), u, self.unimix)
-            parts.append(F.one_hot(index.squeeze(-1).long(), part.shape[-1]).to(part.dtype))
+            logits = part.detach().unsqueeze(-2)
+            index, _ = ops.latent_sample(logits, u, self.unimix)
+            hot = ops.straight_through(index, logits, self.unimix)  # without gradient: one-hot
+            parts.append(hot.squeeze(-2).to(part.dtype))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def log_prob(self, action: Tensor) -> Tensor:  # (..., A) -> (...)

@@ -81,6 +81,29 @@ class _KnownProduct(torch.autograd.Function):
         return None, None, (rows.t() @ inputs).float(), rows.sum(0, dtype=torch.float32)
 
 
+class WeightWatch:
+    """Tells whether weights of some modules have changed: for what is computed from them once."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.slots = [
+            (part._parameters, name)
+            for module in modules
+            for part in module.modules()
+            for name, parameter in part._parameters.items()
+            if parameter is not None
+        ]
+        self.seen: list[int] = []
+
+    def changed(self) -> bool:
+        """Since the last call; True in the first one. In place or another tensor: both count."""
+        now = []
+        for parameters, name in self.slots:
+            parameter = parameters[name]
+            now += (parameter.data_ptr(), parameter._version)
+        changed, self.seen = now != self.seen, now
+        return changed
+
+
 class FirstLayers:
     """The first layers of several MLPs that read the same features, as one product.
 

@@ -423,3 +423,46 @@ def test_journal_limit_and_mismatches():
         envs.make("dummy", 2, seed=5).load_state_dict(state)
     with pytest.raises(envs.EnvStateError, match="num_envs = 3, got 2"):
         envs.make("dummy", 3).load_state_dict(state)
+
+
+# ---- send and receive
+
+
+@pytest.mark.parametrize(
+    "task", ["dummy", "gymnasium:CartPole-v1", "envpool:Pendulum-v1", "envpool:CartPole-v1"]
+)
+def test_a_step_in_two_halves_is_a_step(task):
+    pytest.importorskip(task.split(":")[0] if ":" in task else "numpy")
+    rng = np.random.default_rng(0)
+    whole, halves = envs.make(task, 3, seed=1), envs.make(task, 3, seed=1)
+    rows = [whole.reset(), halves.reset()]
+    for _ in range(60):
+        action = random_action(whole, rng)
+        rows[0] = whole.step(action)
+        halves.send(action)
+        rows[1] = halves.receive()
+        assert all(np.array_equal(rows[0][key], rows[1][key]) for key in rows[0])
+    assert whole.state_dict()["hash"] == halves.state_dict()["hash"]
+    with pytest.raises(envs.EnvError, match=r"expected send\(\) before receive\(\)"):
+        halves.receive()
+    halves.send(action)
+    with pytest.raises(envs.EnvError, match=r"expected receive\(\) before state_dict\(\)"):
+        halves.state_dict()
+    halves.receive()
+    for env in (whole, halves):
+        env.close()
+
+
+def test_parallel_processes_step_between_send_and_receive():
+    pytest.importorskip("gymnasium")
+    env = envs.make("gymnasium:CartPole-v1", 2, seed=0, parallel=True)
+    plain = envs.make("gymnasium:CartPole-v1", 2, seed=0)
+    for vec_env in (env, plain):
+        vec_env.reset()
+    for _ in range(40):
+        action = np.ones(2, np.int32)
+        env.send(action)
+        assert env.env._env._state.value == "step"  # the processes are at it
+        rows, expected = env.receive(), plain.step(action)
+        assert all(np.array_equal(rows[key], expected[key]) for key in rows)
+    env.close()

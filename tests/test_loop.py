@@ -137,11 +137,47 @@ def test_prefill_acts_at_random_and_pretrain_comes_once(tmp_path):
     while run.env_steps < 128:
         run.act()
         run.learn()
+        run.receive()
         counts.append((run.env_steps, run.updates))
     assert modes == ["random"] * 16 + ["train"] * 16
     assert all(updates == 0 for steps, updates in counts if steps < 64)
     assert dict(counts)[64] == 1 + 3
     assert counts[-1][1] == 4 + 64 // 32  # then as the train ratio says
+
+
+@pytest.mark.parametrize("task", ["cartpole", "pendulum"])
+def test_overlap_changes_nothing_but_the_order(tmp_path, task):
+    """The learner runs while the environments step; rows, draws, weights and log are the same."""
+    found = {}
+    for overlap in ("true", "false"):
+        folder = tmp_path / overlap
+        run = make(
+            folder, "--task", task, "--steps", "112", "--train_ratio", "8", "--overlap", overlap,
+            "--deterministic", "true", "--checkpoint.every", "48",
+        )  # fmt: skip
+        order = []
+        for part, name in ((run.envs, "send"), (run.envs, "receive"), (run.agent, "update")):
+            part.__dict__[name] = watch(order, name, getattr(part, name))
+        try:
+            assert online.train(run) == 0
+        finally:
+            torch.use_deterministic_algorithms(False)
+        stored = checkpoint.load(folder / "checkpoint" / "latest.pt")
+        stored.pop("replay"), stored.pop("config")  # names of files and of the folder
+        rings = {name: key.ring.copy() for name, key in run.replay.keys.items()}
+        found[overlap] = order, stored, rings, (folder / "metrics.jsonl").read_bytes()
+    order, *outcome = found["true"]
+    inside = [order[i - 1] for i, name in enumerate(order) if name == "update" and i]
+    assert order.count("update") > 10 and "receive" not in inside
+    plain, *expected = found["false"]
+    assert sorted(plain) == sorted(order) and plain[:4] == ["send", "receive"] * 2
+    from trees import same
+
+    same(outcome, expected)
+
+
+def watch(order: list, name: str, function):
+    return lambda *given: (order.append(name), function(*given))[1]
 
 
 @pytest.mark.parametrize("task", ["cartpole", "pendulum"])

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastwm import behavior, behavior_2023, nets, nets_2023, rssm, rssm_2023
+from fastwm import behavior, behavior_2023, nets, nets_2023, ops, rssm, rssm_2023
 from fastwm.behavior import Actor
-from fastwm.nets import Encoder
+from fastwm.nets import Encoder, WeightWatch
+from fastwm.ops.rssm import packed_posterior
 from fastwm.rssm import RSSM, feat
 from fastwm.spaces import Space
 
@@ -22,12 +23,70 @@ NETWORKS = {  # what a policy file's options["networks"] names
 }
 
 
+class PackedStep:
+    """The acting step on weights that were packed once: a call each for what comes before the
+    recurrent step, that step, and the actor. It sees no later change of the weights.
+
+    Pictures still go through the encoder's own layers.
+    """
+
+    def __init__(self, encoder: Encoder, rssm: RSSM, actor: Actor) -> None:
+        weights, self.rssm = rssm.weights(), rssm
+        self.posterior = packed_posterior(weights, rssm.stoch)
+        (weight, bias, _), layers = weights.post[0], []
+        self.encode, squash = encoder, False
+        if not encoder.image_keys:
+            self.keys, self.encode = encoder.vector_keys, encoder.encode_vectors
+            squash = encoder.symlog
+            squash &= all(encoder.space[key].kind == "vector" for key in self.keys)
+            layers = [tensor for layer in encoder.mlp for tensor in layer.tensors()]
+            self.encode = self.join if squash else self.encode
+        self.tokens = ops.packed_mlp([*layers, weight[:, rssm.deter :], bias], squash)
+        heads = list(actor.heads.values())
+        output = [torch.cat([head.weight for head in heads]), torch.cat([h.bias for h in heads])]
+        layers = [tensor for layer in actor.mlp for tensor in layer.tensors()]
+        self.actor = ops.packed_mlp([*layers, *output])
+        self.sizes = [len(head.bias) for head in heads]
+
+    def join(self, obs: dict[str, Tensor]) -> Tensor:  # (N, ...) -> (N, in)
+        parts = [obs[key].float().flatten(1) for key in self.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def observe(
+        self, obs: dict[str, Tensor], state: dict[str, Tensor], is_first: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As the encoder and the posterior step: deter (N, D), stoch (N, S, K)."""
+        tokens = self.tokens(self.encode(obs))
+        args = (state["action"], is_first, noise, self.rssm.unimix)
+        return self.posterior.advance(state["deter"], state["stoch"], tokens, *args)
+
+    def heads(self, features: Tensor) -> tuple[Tensor, ...]:  # (N, F) -> (N, A) each
+        return self.actor(features).split(self.sizes, -1)
+
+
 class RecurrentPolicy(nn.Module):
     """Steps the posterior and the actor. State: deter (N, D), stoch (N, S, K), action (N, A)."""
 
     def __init__(self, encoder: Encoder, rssm: RSSM, actor: Actor) -> None:
         super().__init__()
         self.encoder, self.rssm, self.actor = encoder, rssm, actor
+        self._packed: dict[str, PackedStep | WeightWatch | Actor | None] = {}
+
+    def packed(self, actor: Actor) -> PackedStep | None:
+        """The step on packed weights, made again when they have changed; None where there is none:
+        other networks than those of 2024, no kernels, a GPU, or low precision."""
+        parts = (self.encoder, self.rssm, actor)
+        first = self.rssm.gru.bias if type(self.rssm) is RSSM else None
+        if first is None or first.is_cuda or not ops.available(first, "mlp"):
+            return None
+        if first.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return None
+        kept = self._packed
+        if kept.get("actor") is not actor:
+            kept.update(actor=actor, watch=WeightWatch(*parts))
+        if kept["watch"].changed():
+            kept["step"] = PackedStep(*parts)
+        return kept["step"]
 
     def initial_state(self, num_envs: int) -> dict[str, Tensor]:
         deter, stoch = self.rssm.initial(num_envs)
@@ -53,17 +112,23 @@ class RecurrentPolicy(nn.Module):
         """
         if mode not in MODES:
             raise ValueError(f"act: expected mode to be one of {MODES}, got {mode!r}")
-        tokens = self.encoder({key: value.unsqueeze(1) for key, value in obs.items()})
-        count = is_first.shape[0]
+        actor, count = actor or self.actor, is_first.shape[0]
+        packed = self.packed(actor)
         noise = torch.rand(count, self.rssm.stoch, generator=generator, device=generator.device)
-        deter, stoch = self.rssm.step(
-            state["deter"], state["stoch"], tokens.squeeze(1), state["action"], is_first, noise
-        )
+        if packed is not None:
+            deter, stoch = packed.observe(obs, state, is_first, noise)
+        else:
+            tokens = self.encoder({key: value.unsqueeze(1) for key, value in obs.items()})
+            args = (tokens.squeeze(1), state["action"], is_first, noise)
+            deter, stoch = self.rssm.step(state["deter"], state["stoch"], *args)
         if mode == "random":
             action = self.actor.random(count, generator)
         else:
             draw = None if mode == "greedy" else self.actor.noise((count,), generator)
-            action = (actor or self.actor)(feat(deter, stoch)).sample(draw)
+            features = feat(deter, stoch)
+            plain = packed is None
+            dist = actor(features) if plain else actor.distribution(packed.heads(features))
+            action = dist.sample(draw)
         return self.actor.to_env(action), {"deter": deter, "stoch": stoch, "action": action}
 
 

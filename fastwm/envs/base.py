@@ -74,6 +74,7 @@ class VecEnv:
     seed: int = 0
     crashes: int = 0
     obs_bounds: dict[str, tuple[np.ndarray, np.ndarray]] = MappingProxyType({})
+    _sent: np.ndarray | None = None
 
     def reset(self) -> Rows:
         """Starts a new episode everywhere; every row is an is_first row."""
@@ -82,6 +83,20 @@ class VecEnv:
     def step(self, action: np.ndarray) -> Rows:  # (N, *act_space.shape)
         """Takes one decision in every environment; one whose row was is_last resets instead."""
         raise NotImplementedError(f"{type(self).__name__} does not implement step()")
+
+    def send(self, action: np.ndarray) -> None:  # (N, *act_space.shape)
+        """Begins a step; `receive` ends it. Nothing else may be called in between.
+
+        An environment that cannot step by itself takes the step in `receive`.
+        """
+        self._sent = action
+
+    def receive(self) -> Rows:
+        """What `step` with the action of the last `send` returns."""
+        action, self._sent = self._sent, None
+        if action is None:
+            raise EnvError(f"{self.task}: expected send() before receive(), got receive()")
+        return self.step(action)
 
     def render(self) -> np.ndarray | None:  # (N, H, W, 3) uint8
         """Pictures of the present states, or None where the environment has none."""

@@ -131,10 +131,21 @@ class EnvpoolEnv(VecEnv):
         return make_rows(self._obs.batch(obs), np.zeros(count, np.float32), *zeros)
 
     def step(self, action: np.ndarray) -> Rows:  # (N, *act_space.shape)
+        self.send(action)
+        return self.receive()
+
+    def send(self, action: np.ndarray) -> None:  # (N, *act_space.shape)
         if self._last is None:
             raise EnvError(f"{self.task}: expected reset() before the first step(), got step()")
         native = self._act.batch(action)
-        obs, reward, terminal, truncated, _ = self._pool.step(native)
+        self._pool.send(native)
+        self._sent = native
+
+    def receive(self) -> Rows:
+        native, self._sent = self._sent, None
+        if native is None:
+            raise EnvError(f"{self.task}: expected send() before receive(), got receive()")
+        obs, reward, terminal, truncated, _ = self._pool.recv()
         first, last = self._last, terminal | truncated
         if self._repeat > 1:
             obs, reward, terminal, last = self._again(native, obs, reward, terminal, last)

@@ -250,6 +250,8 @@ class GymVectorEnv(VecEnv):
         self.obs_bounds = self._obs.bounds
         self._seeds: list[int] | None = spread_seeds(self.seed, self.num_envs)
         self._last: np.ndarray | None = None
+        # By its exact type: a wrapper around it may pass the methods on, and leave itself out.
+        self._parallel = type(env).__name__ == "AsyncVectorEnv"
 
     def reset(self) -> Rows:
         seeds, self._seeds = self._seeds, None
@@ -260,13 +262,26 @@ class GymVectorEnv(VecEnv):
         return make_rows(self._obs.batch(obs), np.zeros(self.num_envs, np.float32), *flags)
 
     def step(self, action: np.ndarray) -> Rows:  # (N, *act_space.shape)
+        self.send(action)
+        return self.receive()
+
+    def send(self, action: np.ndarray) -> None:  # (N, *act_space.shape)
         if self._last is None:
             raise EnvError(f"{self.task}: expected reset() before the first step(), got step()")
         native = self._act.batch(action)
+        if self._mode == "DISABLED" and self._last.any():
+            self._reset(self._last)  # a done environment must not be stepped
+        if self._parallel:
+            self._env.step_async(native)
+        self._sent = native
+
+    def receive(self) -> Rows:
+        native, self._sent = self._sent, None
+        if native is None:
+            raise EnvError(f"{self.task}: expected send() before receive(), got receive()")
         first = self._last
-        if self._mode == "DISABLED" and first.any():
-            self._reset(first)  # a done environment must not be stepped
-        obs, reward, terminal, truncated, info = self._env.step(native)
+        result = self._env.step_wait() if self._parallel else self._env.step(native)
+        obs, reward, terminal, truncated, info = result
         rows = self._obs.batch(obs)
         reward = np.array(reward, dtype=np.float32)
         terminal = np.array(terminal, dtype=bool)

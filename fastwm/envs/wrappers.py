@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fastwm.envs.base import EnvStateError, Rows, VecEnv
+from fastwm.envs.base import EnvError, EnvStateError, Rows, VecEnv
 
 
 class Journal(VecEnv):
@@ -35,6 +35,7 @@ class Journal(VecEnv):
         self._resets: list[int] = []  # number of steps taken before each reset
         self._steps = 0
         self._rows: Rows | None = None
+        self._sent = None
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -60,11 +61,20 @@ class Journal(VecEnv):
         return dict(self._rows)
 
     def step(self, action: np.ndarray) -> Rows:  # (N, *act_space.shape)
+        self.send(action)
+        return self.receive()
+
+    def send(self, action: np.ndarray) -> None:  # (N, *act_space.shape)
         if self._dtype == np.float32:
             # What is replayed must be what was played, to the bit.
             action = np.asarray(action)
             action = action.astype(np.float32) if action.dtype == np.float64 else action
-        self._rows = self.env.step(action)
+        self.env.send(action)
+        self._sent = action
+
+    def receive(self) -> Rows:
+        self._rows = self.env.receive()
+        action, self._sent = self._sent, None
         if self._actions is not None:
             self._record(action)
         self._steps += 1
@@ -83,6 +93,10 @@ class Journal(VecEnv):
 
     def state_dict(self) -> dict:
         """Plain data and one array: small enough for a checkpoint up to the limit."""
+        if self._sent is not None:
+            raise EnvError(
+                f"{self.task}: expected receive() before state_dict(), got a step under way"
+            )
         actions = None if self._actions is None else self._actions[: self._steps].copy()
         return {
             "task": self.task,

@@ -41,6 +41,7 @@ def train(run: OnlineRun, stored: dict[str, Any] | None = None) -> int:
             while run.wants_more() and not stopped:
                 run.act()
                 run.learn()
+                run.receive()
                 run.evaluate_if_due()
                 run.film_if_due()
                 run.log_if_due()
@@ -95,6 +96,7 @@ class OnlineRun:
             "histogram": clock.Every(config.log.histogram_every),
             "checkpoint": clock.Every(config.checkpoint.every),
         }
+        self.under_way = False  # whether the environments owe rows
         self.finite = FiniteWatch()
         self.trace = Trace(config.log.profile, self.folder, logger.say)
 
@@ -110,6 +112,7 @@ class OnlineRun:
 
     def act(self) -> None:
         """One decision in every environment; its row goes into the replay."""
+        self.receive()
         time = self.logger.time
         mode = "random" if self.env_steps < self.config.replay.prefill else "train"
         with time("policy"):
@@ -118,8 +121,20 @@ class OnlineRun:
             with time("replay"):
                 self.replay.add({**self.rows, "action": self._stored(action), **latents})
         with time("env"):
-            self.rows = self.envs.step(action)
+            self.envs.send(action)
+        self.under_way = True
         self.env_steps += self.config.envs
+        if not self.config.overlap:
+            self.receive()
+
+    def receive(self) -> None:
+        """The rows that the last action led to. Whether the learner ran meanwhile changes nothing:
+        it sees what the replay holds, and that is the rows before them."""
+        if not self.under_way:
+            return
+        with self.logger.time("env"):
+            self.rows = self.envs.receive()
+        self.under_way = False
         self._count_episodes()
 
     def _stored(self, action: np.ndarray) -> np.ndarray:

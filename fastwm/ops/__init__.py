@@ -15,6 +15,7 @@ from fastwm.ops.latent import (
     straight_through,
     straight_through_ref,
 )
+from fastwm.ops.mlp import PackedMLP, mlp, mlp_ref, packed_mlp
 from fastwm.ops.norm import rms_silu, rms_silu_ref
 from fastwm.ops.optim import (
     Copies,
@@ -50,6 +51,7 @@ from fastwm.ops.upconv import upsample_conv2d, upsample_conv2d_ref
 
 __all__ = [
     "Copies",
+    "PackedMLP",
     "RSSMWeights",
     "adam_",
     "adam_ref_",
@@ -71,6 +73,9 @@ __all__ = [
     "laprop_agc_ref_",
     "latent_sample",
     "latent_sample_ref",
+    "mlp",
+    "mlp_ref",
+    "packed_mlp",
     "rms_silu",
     "rms_silu_ref",
     "rssm_imagine",

@@ -98,6 +98,9 @@ def _load_all() -> None:
 _load_all()
 
 
+CPU_ONLY = {"mlp", "mlp_pack"}  # a GPU has no use for these
+
+
 def available(where: torch.Tensor | torch.device | str, op: str | None = None) -> bool:
     """Whether a fused kernel runs for raw op `op` on this device; without `op`: for all ops."""
     if isinstance(where, torch.Tensor):
@@ -105,7 +108,7 @@ def available(where: torch.Tensor | torch.device | str, op: str | None = None) -
     kind = where.split(":")[0] if isinstance(where, str) else where.type
     if not _fused or kind not in _kernels:
         return False
-    return _names <= _kernels[kind] if op is None else op in _kernels[kind]
+    return _names - CPU_ONLY <= _kernels[kind] if op is None else op in _kernels[kind]
 
 
 LOW_INPUT = {"cuda"}  # where the kernels of twohot and norm read bfloat16 themselves

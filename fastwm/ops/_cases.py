@@ -95,6 +95,14 @@ def rms_silu(batch: int) -> Case:
 
 
 @_case
+def mlp(batch: int) -> Case:
+    sizes = ((33, 5), (33,), (33,), (7, 33), (7,))
+    weights = [torch.randn(size) / 4 for size in sizes]
+    wrt = () if batch > 1 else (0, 1)  # with a gradient the layers run one by one
+    return Case((torch.randn(batch, 3, 5), weights), wrt=wrt)
+
+
+@_case
 def upsample_conv2d(batch: int) -> Case:
     images, weight = torch.randn(batch, 3, 5, 7), torch.randn(4, 3, 5, 5) / 9
     return Case((images, weight, torch.randn(4)), wrt=(0, 1, 2))

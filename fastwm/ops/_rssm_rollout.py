@@ -143,13 +143,18 @@ class PackedPosterior:
 
     def step(self, deter, stoch, tokens, prev_action, is_first, noise, unimix):
         """As `rssm_observe` without its time axis: deter (N, D), stoch (N, S, K)."""
-        count, first = len(deter), is_first[:, None]
-        deters, stochs = (x.new_empty(count, 2, *x.shape[1:]) for x in (deter, stoch))
-        deters[:, 0] = deter.masked_fill(first, 0.0)
-        stochs[:, 0] = stoch.masked_fill(first[:, :, None], 0.0)
         tokens = torch.addmm(self.bias.detach(), tokens, self.from_tokens)
-        raw.rssm_step_(self.packed, self.weights, self.hidden, deters, stochs,
-                       prev_action.masked_fill(first, 0.0), tokens, noise, 0, unimix)  # fmt: skip
+        return self.advance(deter, stoch, tokens, prev_action, is_first, noise, unimix)
+
+    def advance(self, deter, stoch, product, prev_action, is_first, noise, unimix):
+        """`step` where the first layer's product with the tokens, its bias inside, is known."""
+        if is_first.any():
+            first = is_first[:, None]
+            deter, prev_action = deter.masked_fill(first, 0.0), prev_action.masked_fill(first, 0.0)
+            stoch = stoch.masked_fill(first[:, :, None], 0.0)
+        deters, stochs = torch.stack((deter, deter), 1), torch.stack((stoch, stoch), 1)
+        raw.rssm_step_(self.packed, self.weights, self.hidden, deters, stochs, prev_action, product,
+                       noise, 0, unimix)  # fmt: skip
         return deters[:, 1], stochs[:, 1]
 
 

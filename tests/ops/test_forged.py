@@ -26,6 +26,9 @@ FREE = {
     ("latent_one_hot", "index"): "any",
     ("latent_one_hot", "classes"): "any",
     ("latent_sample", "logits"): "any",  # the noise, where there is any, is checked against it
+    ("mlp", "x"): "leading",
+    ("mlp", "weights"): ("list longer",),  # the linear output gets a scale
+    ("mlp_pack", "weights"): "any",
     ("rms_silu", "x"): "leading",
     ("twohot_mean", "logits"): "leading",
     ("rssm_pack", "weights"): "any",
@@ -179,7 +182,8 @@ def raw_ops_of(case: str) -> set[str]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_build_without_one_kernel_does_without_it(case, monkeypatch):
     kernels = _backend._kernels["cpu"]
-    for name in raw_ops_of(case) - {"latent_backward", "rssm_pack"}:  # in one file with another op
+    in_one_file_with_another = {"latent_backward", "mlp_pack", "rssm_pack"}
+    for name in raw_ops_of(case) - in_one_file_with_another:
         if not name.endswith("_backward"):
             monkeypatch.setitem(_backend._kernels, "cpu", kernels - {name, f"{name}_backward"})
             assert name not in raw_ops_of(case)

@@ -1,0 +1,102 @@
+"""The mlp stem: a stack of dense layers on packed weights."""
+
+import pytest
+import torch
+
+from fastwm.ops import available, mlp, mlp_ref, packed_mlp
+from fastwm.ops._backend import raw
+
+SIZES = [(7, 5), (1, 1), (33, 16, 47), (24, 64, 64, 64), (640, 64, 64, 64, 6), (3, 130, 33)]
+fused_only = pytest.mark.skipif(not available("cpu", "mlp"), reason="no compiled kernels")
+
+
+def make(sizes, output=True, dtype=torch.float32):
+    weights = []
+    for i, o in zip(sizes, sizes[1:], strict=False):
+        weights += [torch.randn(o, i) / i**0.5, torch.randn(o), torch.rand(o) + 0.5]
+    return [tensor.to(dtype) for tensor in (weights[:-1] if output else weights)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("output", [True, False])
+@pytest.mark.parametrize("squash", [True, False])
+def test_matches_reference(sizes, output, squash, variant, close):
+    weights = make(sizes, output)
+    wide = [tensor.double() for tensor in weights]
+    packed = packed_mlp(weights, squash)
+    assert (packed is None) == (variant == "reference")
+    for lead in ((1,), (16,), (3, 43), (0, 2), ()):
+        x = 4 * torch.randn(*lead, sizes[0])
+        expected = mlp_ref(x.double(), wide, squash=squash)
+        close(mlp(x, weights, squash=squash), expected)
+        if packed is not None:
+            close(packed(x), expected)
+
+
+def test_any_stride(variant, close):
+    weights = make((6, 9, 4))
+    x = torch.randn(6, 5, 8).permute(1, 2, 0)[:, ::2]
+    turned = [w.t().contiguous().t() if w.dim() == 2 else w for w in weights]
+    close(mlp(x, turned), mlp_ref(x.double(), [w.double() for w in weights]))
+
+
+def test_gradients_and_other_types(variant, close):
+    weights = [w.requires_grad_() for w in make((5, 8, 3))]
+    x = torch.randn(4, 5, requires_grad=True)
+    wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
+    got = torch.autograd.grad(mlp(x, weights).sum(), (x, *weights))
+    want = torch.autograd.grad(mlp_ref(wide[0], wide[1:]).sum(), wide)
+    for a, b in zip(got, want, strict=True):
+        close(a, b)
+    assert mlp(wide[0].detach(), [w.detach() for w in wide[1:]]).dtype == torch.float64
+    assert packed_mlp([w.detach() for w in wide[1:]]) is None
+
+
+@fused_only
+def test_a_row_does_not_depend_on_the_others_or_the_threads():
+    weights, before = make((20, 70, 10)), torch.get_num_threads()
+    x = torch.randn(1000, 20)
+    whole = mlp(x, weights)
+    parts = torch.cat([mlp(part, weights) for part in x.split([1, 5, 64, 130, 800])])
+    torch.set_num_threads(2)
+    shared = mlp(x, weights)
+    torch.set_num_threads(before)
+    assert torch.equal(whole, parts) and torch.equal(whole, shared)
+
+
+def test_not_a_number_stays_in_its_row(variant):
+    weights, x = make((8, 40, 3)), torch.randn(9, 8)
+    x[2, 3] = float("nan")
+    assert mlp(x, weights).isnan().any(1).tolist() == [row == 2 for row in range(9)]
+
+
+@fused_only
+def test_opcheck():
+    for sizes, output in (((7, 5), True), ((7, 40, 5), True), ((7, 40, 5), False)):
+        weights = make(sizes, output)
+        torch.library.opcheck(raw.mlp_pack.default, (weights,))
+        args = (torch.randn(3, 2, 7), raw.mlp_pack(weights), weights, True)
+        torch.library.opcheck(raw.mlp.default, args)
+
+
+def test_fullgraph_compile(variant, close):
+    weights, x = make((7, 5, 3)), torch.randn(4, 7)
+    compiled = torch.compile(lambda x: mlp(x, weights), fullgraph=True, backend="aot_eager")
+    close(compiled(x), mlp_ref(x, weights))
+
+
+@pytest.mark.parametrize(
+    "spoil, error, message",
+    [
+        (lambda w, x: (w[:4], x), ValueError, r"expected weights of \(weight, bias, scale\)"),
+        (lambda w, x: ([], x), ValueError, "got 0 tensors"),
+        (lambda w, x: (w, x[:, 1:]), ValueError, r"expected weights\[0\] of shape \(out, 4\)"),
+        (lambda w, x: ([*w[:3], w[3][:, 1:], w[4]], x), ValueError, r"weights\[3\] .*\(out, 8\)"),
+        (lambda w, x: ([w[0], w[1][1:], *w[2:]], x), ValueError, r"expected weights\[1\] of shape"),
+        (lambda w, x: (w, x.int()), TypeError, "expected x"),
+    ],
+)
+def test_bad_input(spoil, error, message, variant):
+    weights, x = spoil(make((5, 8, 3)), torch.randn(4, 5))
+    with pytest.raises(error, match=message):
+        mlp(x, weights)
