@@ -3,35 +3,13 @@
 
 #include <tuple>
 
-#include "cpu/rssm_layernorm.h"
-#include "rows.h"
+#include "rssm_layernorm_args.h"
 
 namespace fastwm {
 namespace {
 
-// Owns the row-major copies that the kernel's pointers refer to.
-struct Arguments {
-  Tensor parts, scale, shift, deter;
-  int64_t rows, width;
-
-  Arguments(const char* op, const Tensor& parts_, const Tensor& scale_, const Tensor& shift_,
-            const Tensor& deter_)
-      : parts(parts_), scale(scale_), shift(shift_), deter(deter_) {
-    check_shape(op, "deter", deter, "(N, D)", {-1, -1});
-    rows = deter.size(0), width = deter.size(1);
-    deter = float_arg(op, "deter", deter, deter_, "(N, D)", {rows, width});
-    parts = float_arg(op, "parts", parts, deter_, "(N, 3D)", {rows, 3 * width});
-    scale = float_arg(op, "scale", scale, deter_, "(3D,)", {3 * width});
-    shift = float_arg(op, "shift", shift, deter_, "(3D,)", {3 * width});
-  }
-
-  GruLayerNorm kernel(const float* grad, double eps) const {
-    return {ptr(parts), ptr(scale), ptr(shift), ptr(deter), grad, width, static_cast<float>(eps)};
-  }
-};
-
 Tensor gru_layernorm_cpu(Tensor parts, Tensor scale, Tensor shift, Tensor deter, double eps) {
-  const Arguments in("gru_layernorm", parts, scale, shift, deter);
+  const GruLayerNormCall in("gru_layernorm", parts, scale, shift, deter);
   Tensor result = allocate(deter, {in.rows, in.width});
   const GruLayerNorm args = in.kernel(nullptr, eps);
   float* out = mutable_ptr(result);
@@ -44,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gru_layernorm_backward_cpu(Tensor gra
                                                                       Tensor scale, Tensor shift,
                                                                       Tensor deter, double eps) {
   constexpr const char* op = "gru_layernorm_backward";
-  const Arguments in(op, parts, scale, shift, deter);
+  const GruLayerNormCall in(op, parts, scale, shift, deter);
   const int64_t rows = in.rows, width = in.width, affine = 6 * width;
   const Tensor upper = float_arg(op, "grad", grad, deter, "(N, D)", {rows, width});
 

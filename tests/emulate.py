@@ -29,11 +29,12 @@ FLAGS = [
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]  # fmt: skip
 SHARED = re.compile(r"(?<!extern )(__shared__ [^;]*?(\w+)(?:\[[^;]*\])?;)")
-# The raw ops whose schema means the same on CPU and CUDA, which is all but the rssm's.
+# The raw ops whose schema means the same on CPU and CUDA: not the rssm's loops.
 RAW = """
 lambda_return lambda_return_backward rms_silu rms_silu_backward twohot_loss twohot_loss_backward
 twohot_mean twohot_mean_backward gmm_nll gmm_nll_backward latent_sample latent_one_hot
 latent_backward kl_balance kl_balance_backward laprop_agc_ adam_ ema_
+gather_windows gru_layernorm gru_layernorm_backward
 """.split()
 LAUNCH = re.compile(r"([\w:]+(?:<[\w:, ]+>)?)\s*<<<(.*?)>>>\s*\((.*?)\);", re.DOTALL)
 

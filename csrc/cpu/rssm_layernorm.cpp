@@ -66,15 +66,14 @@ static inline void gates_backward(const GruLayerNorm& a, const Moments& m, int64
 #pragma omp simd
   for (int64_t i = 0; i < d; ++i) {
     const int64_t c = d + i, u = 2 * d + i;
-    const float reset = sigmoid((x[i] - m.mean) * m.inverse * scale[i] + shift[i]);
-    const float raw = (x[c] - m.mean) * m.inverse * scale[c] + shift[c];
-    const float update = sigmoid((x[u] - m.mean) * m.inverse * scale[u] + shift[u] - 1.0f);
-    const float cand = tanhf(reset * raw);
-    const float grad_cand = grad[i] * update * (1.0f - cand * cand);
-    g[i] = grad_cand * raw * reset * (1.0f - reset);
-    g[c] = grad_cand * reset;
-    g[u] = grad[i] * (cand - deter[i]) * update * (1.0f - update);
-    grad_deter[i] = grad[i] * (1.0f - update);
+    const float reset = (x[i] - m.mean) * m.inverse * scale[i] + shift[i];
+    const float cand = (x[c] - m.mean) * m.inverse * scale[c] + shift[c];
+    const float update = (x[u] - m.mean) * m.inverse * scale[u] + shift[u];
+    const GruGateGrad of = gru_gate_backward(grad[i], reset, cand, update, deter[i]);
+    g[i] = of.reset;
+    g[c] = of.cand;
+    g[u] = of.update;
+    grad_deter[i] = of.deter;
   }
 }
 

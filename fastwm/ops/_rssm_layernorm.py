@@ -1,7 +1,7 @@
 """The dense GRU step of 2023: one Linear over [x, deter], one LayerNorm over all three gates.
 
 Part of the stem `rssm`. The product is the library's; norm and gates are one kernel, forward and
-backward (csrc/cpu/rssm_layernorm.cpp). CUDA tensors take the PyTorch form.
+backward (csrc/cpu/rssm_layernorm.cpp, csrc/cuda/rssm_layernorm.cu).
 """
 
 from __future__ import annotations

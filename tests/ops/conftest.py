@@ -1,4 +1,4 @@
-"""Op tests but those of rssm run on CUDA kernels too, executed on the CPU (tests/emulate.py)."""
+"""Op tests but those of the rssm's loops run CUDA kernels too, on the CPU (tests/emulate.py)."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from fastwm import ops
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     module = metafunc.module.__name__  # test_rssm_cuda has a variant of its own
     if "variant" in metafunc.fixturenames and module != "test_rssm_cuda":
-        own = "rssm" in module
+        own = module == "test_rssm"
         names = ["reference", "fused"] + ([] if own else ["cuda"])
         metafunc.parametrize("variant", names, indirect=True)
 
