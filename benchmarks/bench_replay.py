@@ -18,8 +18,11 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 
+from fastwm import ops
 from fastwm import replay as replay_module
+from fastwm.loops.transfer import Transfer
 from fastwm.replay import Replay
 
 ENVS, BATCH, LENGTH = 16, 16, 64
@@ -155,6 +158,37 @@ def test_add(benchmark, filled, backend):
         [lambda: replay.add(row), memcpy, lambda: plain.add(row)], 500,
     )  # fmt: skip
     benchmark(replay.add, row)
+
+
+@pytest.mark.parametrize("storage", ["ram", "cuda"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_learner_batch(benchmark, kind, storage):
+    """Sampled, where the learner is, and its latents stored; until the device has done it all."""
+    spec = KINDS[kind][1] | COMMON
+    where = {"storage": storage, "device": DEVICE, "gather": ops.gather_windows}
+    replay = Replay(spec, ENVS, 20_000, LENGTH, online=False, **where)
+    row = row_of(spec)
+    for _ in range(replay.length):
+        replay.add(row)
+    benchmark.group = f"replay learner's batch {kind} B{BATCH} T{LENGTH} on {DEVICE}"
+    transfer, latents = Transfer(replay, torch.device(DEVICE), BATCH), {}
+    if "deter" in spec:
+        latents = {
+            "deter": torch.ones((BATCH, LENGTH, 2048), dtype=torch.bfloat16, device=DEVICE),
+            "stoch": torch.ones((BATCH, LENGTH, 32), dtype=torch.uint8, device=DEVICE),
+        }
+    finite = torch.tensor(True, device=DEVICE)
+
+    def call():
+        sampled = transfer.sample()
+        transfer.to_device(sampled)
+        transfer.write_back(sampled["ids"], latents, finite)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    call()
+    benchmark.extra_info["bytes"] = sum(x.nbytes for x in transfer.sample().values())
+    benchmark(call)
 
 
 def test_write_back(benchmark, filled):

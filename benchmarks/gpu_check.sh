@@ -81,10 +81,11 @@ step latencies 90 bash -c latencies
 if "$PYTHON" -c "import pytest_benchmark" 2>/dev/null; then
   export FASTWM_BENCH_COMPILE="${FASTWM_BENCH_COMPILE:-0}"
   limit=(--benchmark-max-time=0.2 --benchmark-min-rounds=5)
-  step kernels 150 bash -c 'bench kernels benchmarks/bench_{lambda_return,twohot,latent,norm,gmm,upconv}.py "$@"' _ "${limit[@]}"
+  step kernels 150 bash -c 'bench kernels benchmarks/bench_{lambda_return,twohot,latent,norm,gmm,upconv,gather}.py "$@"' _ "${limit[@]}"
+  step replay 90 bash -c 'bench replay benchmarks/bench_replay.py -k learner_batch "$@"' _ "${limit[@]}"
   step update 120 bash -c 'bench update benchmarks/bench_train.py'
 else
-  echo "kernels, update: need pytest-benchmark; timed by gpu_update.py alone" | tee -a "$out/summary.txt"
+  echo "kernels, replay, update: need pytest-benchmark; timed by gpu_update.py alone" | tee -a "$out/summary.txt"
 fi
 step whole 150 "$PYTHON" benchmarks/gpu_update.py "$out/whole.json"
 echo "results in $out"

@@ -69,6 +69,10 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
         "-> (Tensor, Tensor)");
   m.def("ema_(Tensor(a!)[] slow, Tensor[] fast, float rate, Tensor? finite) -> ()");
 
+  // gather: windows (B, rows, …) of rings (N, L, …) of any types; `kinds` 0 as stored, else bytes
+  // divided by 255 as 1 float32 or 2 bfloat16
+  m.def("gather_windows(Tensor[] rings, Tensor ids, int[] offsets, int[] rows, int[] kinds) "
+        "-> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {

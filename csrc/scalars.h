@@ -41,6 +41,9 @@ FWM_HD GruGateGrad gru_gate_backward(float grad, float reset, float cand, float 
           grad * (1.0f - u)};
 }
 
+// A byte of an image as a number in [0, 1].
+FWM_HD float unit_byte(unsigned char x) { return (float)x / 255.0f; }
+
 // An action as the model sees it: divided by max(1, |a|).
 FWM_HD float bounded(float action) {
   const float size = fabsf(action);

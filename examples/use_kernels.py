@@ -111,6 +111,19 @@ def norm_and_decoder() -> str:
     return f"activation {tuple(ops.rms_silu(x, scale).shape)}, images {tuple(images.shape)}"
 
 
+def replay() -> str:
+    """Sequences of 8 rows out of a ring of 100 rows for each of 4 environments, on any device."""
+    images = torch.randint(256, (4, 100, 16, 16, 3), dtype=torch.uint8)
+    actions = torch.randn(4, 100, 2)
+    ids = torch.tensor([[0, 5], [3, 96]])  # environment and first row; the second one wraps
+    image, prev_action = ops.gather_windows(
+        [images, actions], ids, offsets=[0, -1], rows=[8, 8], dtypes=[torch.float32, None]
+    )
+    return (
+        f"images {tuple(image.shape)} up to {image.max():.2f}, actions {tuple(prev_action.shape)}"
+    )
+
+
 def optimizer() -> str:
     """All parameters of a network in one step of Adam, with a slow copy in the same pass."""
     net = torch.nn.Sequential(torch.nn.Linear(6, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1))
@@ -138,6 +151,7 @@ def main() -> None:
         rssm,
         dense_gru,
         norm_and_decoder,
+        replay,
         optimizer,
     ):
         print(f"{part.__name__:<18}{part()}")

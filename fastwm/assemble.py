@@ -163,10 +163,24 @@ def make_replay(config: Any, agent: Any, folder: Path) -> Replay | None:
         config.batch_length,
         online=options.online,
         seed=seed_of(config.seed, 2),
-        storage=options.storage,
-        directory=folder / "ring" if options.storage == "mmap" else None,
-        force=options.force,
+        **storage_of(options, agent, folder),
     )
+
+
+def storage_of(options: Any, agent: Any, folder: Path) -> dict[str, Any]:
+    """What `Replay` is told about the place of its rows."""
+    if options.storage == "cuda" and agent.device.type != "cuda":
+        raise settings.ConfigError(
+            "replay.storage: expected a run on a CUDA device for 'cuda', got device "
+            f"{agent.device}; use --replay.storage ram"
+        )
+    return {
+        "storage": options.storage,
+        "directory": folder / "ring" if options.storage == "mmap" else None,
+        "device": agent.device,
+        "gather": ops.gather_windows,
+        "force": options.force,
+    }
 
 
 def run_folder(config: Any) -> Path:

@@ -33,7 +33,7 @@ def offline_run(config: Any, folder: Path, stored: dict[str, Any] | None = None)
         obs_space, act_space = env.obs_space, env.act_space
         env.close()
     agent = assemble.make_agent(config, obs_space, act_space)
-    memory = _replay(config, agent, data)
+    memory = _replay(config, agent, data, folder)
     resume.load_replay(config, memory, folder, stored)
     if not len(memory):
         for rows in data.pieces(obs_space, act_space):
@@ -58,7 +58,7 @@ def offline_run(config: Any, folder: Path, stored: dict[str, Any] | None = None)
     return OfflineRun(config, agent, None, memory, logger, make_envs, folder)
 
 
-def _replay(config: Any, agent: Any, data: Folder) -> Replay:
+def _replay(config: Any, agent: Any, data: Folder, folder: Path) -> Replay:
     """One stream, exactly as long as the data."""
     spec = agent.replay_spec()
     if spec is None:
@@ -73,7 +73,7 @@ def _replay(config: Any, agent: Any, data: Folder) -> Replay:
             config.batch_length,
             online=False,
             seed=seed_of(config.seed, 2),
-            force=config.replay.force,
+            **assemble.storage_of(config.replay, agent, folder),
         )
     except ValueError as error:
         raise settings.ConfigError(f"offline_traindir: {error}") from None

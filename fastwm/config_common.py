@@ -42,7 +42,9 @@ class Replay:
     online: bool = key(True, "feed every fresh row once before sampling uniformly")
     prefill: int = key(0, "env_steps of random actions before the first update", 0)
     pretrain: int = key(0, "updates at once when learning begins", 0)
-    storage: Literal["ram", "mmap"] = key("ram", "where the rows lie")
+    storage: Literal["ram", "mmap", "cuda"] = key(
+        "ram", "where the rows lie: memory, files, or the memory of the GPU that learns"
+    )
     save: bool = key(True, "put the replay into the checkpoints, so that a run resumes exactly")
     force: bool = key(False, "start even if the rows at capacity do not fit the free memory")
 

@@ -5,8 +5,9 @@ copies per key, whatever the capacity. Every env has a 64-bit row counter that o
 lies in slot n % length, and it is alive while n >= counter - length. All bookkeeping is two int64
 arrays of N elements: nothing is stored per window or per row.
 
-The compiled module `fastwm._replay` plans and copies with the GIL released; without it the same
-methods run on numpy slices and return the same bits (`Replay.backend` says which).
+The rings lie in host memory or mapped files (replay_host.py) or on a GPU (replay_device.py). The
+compiled module `fastwm._replay` plans, and copies on the host, with the GIL released; without it
+the same methods run on numpy slices and return the same bits (`Replay.backend` says which).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 
 from fastwm import replay_io, replay_rows
+from fastwm.replay_device import DeviceRings, Gather
+from fastwm.replay_host import HostRings
 from fastwm.replay_rows import LATENTS, Spec
 
 try:
@@ -42,13 +45,6 @@ def _mix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _bits(tensor: torch.Tensor) -> np.ndarray:
-    """The memory of a CPU tensor as numpy, bfloat16 as uint16."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(np.uint16)
-    return tensor.numpy()
-
-
 class Replay:
     """Ring of rows of N environments, sampled in windows of T + 1 consecutive rows.
 
@@ -65,11 +61,15 @@ class Replay:
         batch_length: T, rows per sampled sequence; a window has one context row more.
         online: hand out every env's fresh, non-overlapping windows once, before uniform draws.
         seed: of the sampling; the generator is counter-based and part of `save`.
-        storage: "ram", or "mmap" for files in `directory` that the system may page out. They are
-            the live ring, not a checkpoint: `save` works the same for both.
+        storage: "ram"; "mmap" for files in `directory` that the system may page out; "cuda" for
+            tensors on `device`, where batches then lie too. Files are the live ring, not a
+            checkpoint: `save` works the same for all three, and one loads what another saved.
+        device: of the rings for "cuda"; "cpu" keeps the same tensors in host memory.
+        gather: for "cuda", `fastwm.ops.gather_windows`: one launch a batch instead of one a key.
         force: allocate even what does not fit.
 
-    Attributes: num_envs, batch_length, length (rows per env), nbytes, bytes_per_row, backend.
+    Attributes: num_envs, batch_length, length (rows per env), nbytes, bytes_per_row, backend,
+        device (of batches).
 
     Raises: ValueError for settings that cannot work, among them a ring of more than 0.8 of the
         free memory; TypeError for an unknown dtype.
@@ -86,6 +86,8 @@ class Replay:
         seed: int = 0,
         storage: str = "ram",
         directory: str | os.PathLike | None = None,
+        device: str | torch.device = "cuda",
+        gather: Gather | None = None,
         force: bool = False,
     ) -> None:
         if num_envs < 1 or batch_length < 1:
@@ -101,17 +103,18 @@ class Replay:
                 f"replay.capacity: expected at least num_envs * (batch_length + 1) = "
                 f"{self.num_envs * self.window} rows, got {int(capacity)}; raise --replay.capacity"
             )
-        if storage not in ("ram", "mmap") or (storage == "mmap" and directory is None):
+        if storage not in ("ram", "mmap", "cuda") or (storage == "mmap" and directory is None):
             raise ValueError(
-                "replay.storage: expected 'ram', or 'mmap' together with a directory, "
+                "replay.storage: expected 'ram', 'cuda', or 'mmap' together with a directory, "
                 f"got {storage!r} with directory {directory!r}"
             )
         self.online, self.storage = bool(online), storage
         self.directory = None if directory is None else Path(directory)
+        self.device = replay_io.device_of(device) if storage == "cuda" else torch.device("cpu")
         self.keys = replay_rows.read_spec(spec, self.batch_length)
-        self.free = replay_io.free_bytes(storage, self.directory)
+        self.place, self.free = replay_io.place_of(storage, self.directory, self.device)
         if not force:
-            replay_rows.check_fits(self.keys, self.num_envs * self.length, storage, self.free)
+            replay_rows.check_fits(self.keys, self.num_envs * self.length, self.place, self.free)
         self._lock = threading.RLock()
         self._count = np.zeros(self.num_envs, np.int64)  # rows ever written, per env
         # first row of the next online window; phases are spread so that windows of different envs
@@ -122,27 +125,22 @@ class Replay:
         self._expect_first = np.zeros(self.num_envs, bool)
         self._totals = {"samples": 0, "online": 0, "online_dropped": 0, "latents_dropped": 0}
         self._saved: tuple[Path | None, list[dict]] = (None, [])
-        self._everyone = np.arange(self.num_envs, dtype=np.int64)
         self._layouts: dict[int, list] = {}
-        self._outputs = [key.out for key in self.keys.values()]
-        self._allocate()
+        self._allocate(gather)
 
-    def _allocate(self) -> None:
-        """Create the rings, and the compiled view of them."""
-        for key in self.keys.values():
-            shape = (self.num_envs, self.length, *key.shape)
-            if self.storage == "ram":
-                key.ring = np.zeros(shape, key.numpy)  # the system hands out zero pages lazily
-            else:
-                key.ring = replay_io.map_ring(self.directory, key.name, shape, key.numpy)
+    def _allocate(self, gather: Gather | None) -> None:
+        """Create the rings, and the compiled view of the bookkeeping."""
         self._native = None
         if _replay is not None:
             self._native = _replay.Ring(
                 self.num_envs, self.length, self.batch_length,
                 self._count.ctypes.data, self._next.ctypes.data,
             )  # fmt: skip
-            for key in self.keys.values():
-                self._native.add_key(key.ring.ctypes.data, key.record, key.first, key.rows)
+        if self.storage == "cuda":
+            self.rings = DeviceRings(self.keys, self._count, self.length, self.device, gather)
+        else:
+            folder = self.directory if self.storage == "mmap" else None
+            self.rings = HostRings(self.keys, self._count, self.length, folder, self._native)
 
     def _set_seed(self, seed: int, draws: int) -> None:
         """Place the generator: draw i is a hash of seed and i, nothing else is its state."""
@@ -168,7 +166,7 @@ class Replay:
 
     def announce(self) -> str:
         """One line: bytes at capacity by kind, against what was free before allocation."""
-        return replay_rows.announce(self.keys, self.num_envs * self.length, self.storage, self.free)
+        return replay_rows.announce(self.keys, self.num_envs * self.length, self.place, self.free)
 
     def __len__(self) -> int:
         """Rows alive, all envs together."""
@@ -208,7 +206,8 @@ class Replay:
         Args:
             rows: exactly the keys of the spec, numpy or torch, each (N, *shape) in its stored type;
                 action is the one taken after the row, zeros where is_last. float32 latents are
-                rounded to bfloat16, int64 becomes int32.
+                rounded to bfloat16, int64 becomes int32. What lies on a device of "cuda" already
+                is copied there.
             envs: (M,) different env numbers when only those have a new row; rows then lead with M.
 
         Raises: ValueError for keys or shapes, TypeError for a dtype; nothing is written then.
@@ -222,18 +221,11 @@ class Replay:
                 f"missing {missing}, unknown {unknown}"
             )
         lead = (self.num_envs,) if lanes is None else (len(lanes),)
-        arrays = [key.check(rows[name], lead, "N") for name, key in self.keys.items()]
+        check = self.rings.check
+        arrays = [check(key, rows[name], lead, "N") for name, key in self.keys.items()]
         with self._lock:
             self._check_fresh(arrays[list(self.keys).index("is_first")], lanes)
-            if self._native is not None:
-                self._native.add(arrays, self._everyone if lanes is None else lanes)
-                return
-            where = slice(None) if lanes is None else lanes
-            slots = self._count[where] % self.length
-            index = self._everyone[where]
-            for key, array in zip(self.keys.values(), arrays, strict=True):
-                key.ring[index, slots] = array
-            self._count[where] += 1
+            self.rings.add(arrays, lanes)
 
     def _check_envs(self, envs: Any) -> np.ndarray:
         lanes = np.ascontiguousarray(envs, dtype=np.int64)
@@ -244,10 +236,11 @@ class Replay:
             )
         return lanes
 
-    def _check_fresh(self, is_first: np.ndarray, lanes: np.ndarray | None) -> None:
+    def _check_fresh(self, is_first: Any, lanes: np.ndarray | None) -> None:
         """After reset_stream every env must begin an episode."""
         if not self._expect_first.any():
             return
+        is_first = torch.as_tensor(is_first).cpu().numpy()
         where = slice(None) if lanes is None else lanes
         if (self._expect_first[where] & ~is_first).any():
             raise ValueError(
@@ -276,13 +269,16 @@ class Replay:
         for env, row in self._cut:
             self.keys["is_last"].ring[env, row % self.length] = True
 
-    def update_latents(self, ids: Any, deter: Any, stoch: Any) -> None:
+    def update_latents(
+        self, ids: Any, deter: Any, stoch: Any, keep: torch.Tensor | None = None
+    ) -> None:
         """Store fresh posteriors for the rows 1..T of sampled windows.
 
         Args:
             ids: (B, 2) int64, as `sample` returned them: env, counter of row 1.
             deter: (B, T, D) bfloat16, or float32 that is rounded. None if the spec has none.
             stoch: (B, T, S) class indices in the stored type. None if the spec has none.
+            keep: () bool; where it is false nothing is stored. "cuda" does not wait for it.
 
         Rows that were overwritten since the window was sampled are left alone and counted in
         `stats()["latents_dropped"]`. Where windows overlap the later one in the batch stays.
@@ -302,7 +298,8 @@ class Replay:
                     f"replay: expected {name} exactly if the spec has it ({name in self.keys}), "
                     f"got {'None' if value is None else 'an array'}"
                 )
-        arrays = {n: self.keys[n].check(fresh[n], lead, "B, T") for n in LATENTS if n in self.keys}
+        check, keys = self.rings.check, [self.keys[n] for n in LATENTS if n in self.keys]
+        arrays = {key.name: check(key, fresh[key.name], lead, "B, T") for key in keys}
         with self._lock:
             env, row = ids[:, 0], ids[:, 1]
             known = (env >= 0) & (env < self.num_envs) & (row >= 1)
@@ -311,22 +308,7 @@ class Replay:
                     f"replay: expected ids (env, row) of {self.batch_length} rows written before, "
                     f"got {ids.tolist()} with {self._count.tolist()} rows written per env"
                 )
-            self._write_back(ids, arrays)
-
-    def _write_back(self, ids: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
-        length, rows = self.length, self.batch_length
-        if self._native is not None:
-            dropped, names = 0, list(self.keys)
-            for name, array in arrays.items():
-                dropped = self._native.write_back(names.index(name), array, ids)
-            self._totals["latents_dropped"] += dropped  # the same rows of every latent
-            return
-        for b, (env, row) in enumerate(ids.tolist()):
-            skip = min(max(int(self._count[env]) - length - row, 0), rows)
-            self._totals["latents_dropped"] += skip
-            slots = np.arange(row + skip, row + rows) % length
-            for name, array in arrays.items():
-                self.keys[name].ring[env, slots] = array[b, skip:]
+            self._totals["latents_dropped"] += self.rings.write_back(ids, arrays, keep)
 
     # -- sampling ---------------------------------------------------------------------------------
 
@@ -339,10 +321,10 @@ class Replay:
 
     def empty_batch(self, batch_size: int, pin_memory: bool = False) -> Batch:
         """Uninitialised tensors for `sample(out=...)`, page-locked on request."""
-        layout = self._layout(batch_size)
-        if pin_memory:
-            return {n: torch.empty(s, dtype=t, pin_memory=True) for n, s, t in layout}
-        return {n: torch.empty(s, dtype=t) for n, s, t in layout}
+        *layout, ids = self._layout(batch_size)
+        pin = {"pin_memory": True} if pin_memory else {}
+        batch = {n: torch.empty(s, dtype=t, device=self.device, **pin) for n, s, t in layout}
+        return batch | {"ids": torch.empty(ids[1], dtype=ids[2], **pin)}
 
     def sample(self, batch_size: int, out: Batch | None = None, *, online: bool = True) -> Batch:
         """Draw windows of T + 1 rows: waiting online ones first, oldest first, then uniform.
@@ -352,11 +334,11 @@ class Replay:
             out: tensors of `empty_batch` to fill; None allocates fresh ones.
             online: False leaves the online queue alone, for reports and evaluation.
 
-        Returns: dict of CPU tensors. Rows 1..T of the window: every observation, reward, is_first,
-            is_last, is_terminal (B, T, ...); prev_action (B, T, ...), stored with rows 0..T-1;
-            the latents of row 0, deter (B, D) bfloat16 and stoch (B, S); ids (B, 2) int64 = env and
-            counter of row 1, for `update_latents`. A row before an is_first counts as is_last even
-            if its episode was abandoned.
+        Returns: dict of tensors on `self.device`, but ids on the CPU. Rows 1..T of the window:
+            every observation, reward, is_first, is_last, is_terminal (B, T, ...); prev_action
+            (B, T, ...), stored with rows 0..T-1; the latents of row 0, deter (B, D) bfloat16 and
+            stoch (B, S); ids (B, 2) int64 = env and counter of row 1, for `update_latents`. A row
+            before an is_first counts as is_last even if its episode was abandoned.
 
         Raises: ValueError while `can_sample(batch_size)` is False, or for a wrong `out`.
         """
@@ -365,10 +347,13 @@ class Replay:
                 f"replay: expected at least {batch_size} windows of {self.window} rows, got "
                 f"{self.windows} from {len(self)} rows; add more rows first (can_sample)"
             )
-        batch = self.empty_batch(batch_size) if out is None else self._check_out(out, batch_size)
+        if out is None:
+            batch = self.rings.batch(self._layout(batch_size))
+        else:
+            batch = self._check_out(out, batch_size)
         with self._lock:
             taken = self._plan(batch["ids"], self.online and online)
-            self._gather(batch)
+            self.rings.gather(batch)
             self._totals["samples"] += batch_size
             self._totals["online"] += taken
         return batch
@@ -377,11 +362,12 @@ class Replay:
         for name, shape, dtype in self._layout(batch_size):
             got = out.get(name)
             fits = got is not None and got.shape == shape and got.dtype == dtype
-            if not fits or not (got.is_contiguous() and got.is_cpu):
+            kind = "cpu" if name == "ids" else self.device.type
+            if not fits or not (got.is_contiguous() and got.device.type == kind):
                 seen = "nothing" if got is None else f"{tuple(got.shape)} {got.dtype} {got.device}"
                 raise ValueError(
-                    f"replay: expected out[{name!r}] contiguous on the CPU of shape {shape} as "
-                    f"{dtype}, got {seen}; make it with empty_batch({batch_size})"
+                    f"replay: expected out[{name!r}] contiguous on the {kind.upper()} of shape "
+                    f"{shape} as {dtype}, got {seen}; make it with empty_batch({batch_size})"
                 )
         return out
 
@@ -421,25 +407,6 @@ class Replay:
             ids[b] = env, self._next[env] + 1
             self._next[env] += self.window
         return len(ids)
-
-    def _gather(self, batch: Batch) -> None:
-        """Copy the windows into the batch, then mark rows before an is_first as is_last."""
-        if self._native is not None:
-            self._native.gather(
-                [batch[name].data_ptr() for name in self._outputs], batch["ids"].data_ptr(),
-                len(batch["ids"]), batch["is_first"].data_ptr(), batch["is_last"].data_ptr(),
-            )  # fmt: skip
-            return
-        ids = batch["ids"].tolist()
-        for key in self.keys.values():
-            lead = (len(ids), key.rows, *key.shape)
-            target = _bits(batch[key.out]).reshape(lead)
-            for b, (env, row) in enumerate(ids):
-                slot = (row - 1 + key.first) % self.length
-                head = min(key.rows, self.length - slot)
-                target[b, :head] = key.ring[env, slot : slot + head]
-                target[b, head:] = key.ring[env, : key.rows - head]
-        batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
 
     # -- persistence ------------------------------------------------------------------------------
 

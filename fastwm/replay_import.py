@@ -203,7 +203,7 @@ def fill(replay: Replay, rows: Rows, env: int = 0) -> None:
         for name, key in replay.keys.items():
             if name not in LATENTS:
                 array = key.check(np.asarray(rows[name])[None], (1, count), "1, L")
-                key.ring[env, start : start + count] = array[0]
+                replay.rings.fill(key, env, start, array[0])
         replay._count[env] += count
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from fastwm.replay_rows import LATENTS
+from fastwm.replay_rows import LATENTS, Key
 
 if TYPE_CHECKING:
     from fastwm.replay import Replay
@@ -32,9 +33,24 @@ _OURS = re.compile(r"^(rows|latents)-\d+-[0-9a-f]{12}\.bin(\.tmp)?$")
 # -- memory ---------------------------------------------------------------------------------------
 
 
-def free_bytes(storage: str, directory: Path | None) -> int | None:
-    """Bytes that a new ring may take, or None where the system does not tell."""
-    return free_ram() if storage == "ram" else free_disk(directory)
+def device_of(device: str | torch.device) -> torch.device:
+    """Where the rings of storage "cuda" lie."""
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "replay.storage: expected a CUDA device for 'cuda', found none; "
+            "use --replay.storage ram"
+        )
+    return device
+
+
+def place_of(storage: str, directory: Path | None, device: torch.device) -> tuple[str, int | None]:
+    """Where a new ring lies, in words, and the bytes free there; None if the system hides them."""
+    if storage == "mmap":
+        return "disk", free_disk(directory)
+    if device.type == "cuda":
+        return "GPU memory", torch.cuda.mem_get_info(device)[0]
+    return "RAM", free_ram()
 
 
 def free_ram() -> int | None:
@@ -98,17 +114,16 @@ def map_ring(directory: Path, name: str, shape: tuple[int, ...], dtype: np.dtype
 
 def _runs(
     replay: Replay, names: list[str], start: list[int], stop: list[int]
-) -> Iterator[memoryview]:
-    """The memory of rows start..stop of every env, in file order, as bytes."""
+) -> Iterator[tuple[Key, int, int, int]]:
+    """(key, env, slot, rows) of what holds the rows start..stop of every env, in file order."""
     for name in names:
-        ring = replay.keys[name].ring
+        key = replay.keys[name]
+        most = max(1, replay.rings.chunk // max(1, key.record))
         for env, (a, b) in enumerate(zip(start, stop, strict=True)):
-            while a < b:
+            while a < b and key.record:
                 slot = a % replay.length
-                rows = min(b - a, replay.length - slot)
-                run = ring[env, slot : slot + rows]
-                if run.nbytes:
-                    yield memoryview(run).cast("B")
+                rows = min(b - a, replay.length - slot, most)
+                yield key, env, slot, rows
                 a += rows
 
 
@@ -121,7 +136,8 @@ def write_rows(
     size = crc = 0
     try:
         with open(aside, "wb") as out:
-            for run in _runs(replay, names, start, stop):
+            for piece in _runs(replay, names, start, stop):
+                run = replay.rings.read(*piece)
                 out.write(run)
                 size, crc = size + len(run), zlib.crc32(run, crc)
             out.flush()
@@ -143,10 +159,12 @@ def read_rows(replay: Replay, directory: Path, entry: dict[str, Any]) -> None:
         if size != entry["bytes"]:
             raise RuntimeError(_broken(file, f"{entry['bytes']} bytes", f"{size}"))
         with open(file, "rb") as source:
-            for run in _runs(replay, entry["keys"], entry["start"], entry["stop"]):
+            for piece in _runs(replay, entry["keys"], entry["start"], entry["stop"]):
+                run = replay.rings.buffer(*piece)
                 if source.readinto(run) != len(run):
                     raise RuntimeError(_broken(file, f"{size} bytes", "an early end"))
                 crc = zlib.crc32(run, crc)
+                replay.rings.write(*piece, run)
     except OSError as error:
         raise RuntimeError(_broken(file, "a readable file", str(error))) from error
     if crc != entry["crc32"]:

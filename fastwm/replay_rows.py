@@ -31,7 +31,7 @@ class Key:
         self.numpy = np.dtype(_NUMPY[dtype])
         self.torch = getattr(torch, dtype)
         self.record = prod(shape) * self.numpy.itemsize  # bytes per row
-        self.ring: np.ndarray = np.empty(0)
+        self.ring: Any = np.empty(0)  # a tensor where the rings lie on a device
         # the action of row t - 1 led to row t: shifting is only a matter of where the copy starts
         self.out = "prev_action" if name == "action" else name
         self.context = name in LATENTS
@@ -43,6 +43,23 @@ class Key:
 
     def check(self, value: Any, lead: tuple[int, ...], letters: str) -> np.ndarray:
         """`value` as a contiguous array (*lead, *shape) in the stored type; raises otherwise."""
+        value = self._expect(value, lead, letters)
+        if self.dtype == "bfloat16":
+            tensor = torch.as_tensor(value).detach().cpu().to(torch.bfloat16)
+            return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().numpy()
+        return np.ascontiguousarray(value, dtype=self.numpy)
+
+    def check_tensor(self, value: Any, lead: tuple[int, ...], letters: str) -> torch.Tensor:
+        """The same as a contiguous tensor, on the device where `value` is."""
+        value = self._expect(value, lead, letters)
+        if not isinstance(value, torch.Tensor):
+            value = torch.from_numpy(np.require(value, requirements=("C", "W")))
+        return value.detach().to(self.torch).contiguous()
+
+    def _expect(self, value: Any, lead: tuple[int, ...], letters: str) -> Any:
+        """`value`, something with a shape and a dtype that fit; raises otherwise."""
         value = value if hasattr(value, "dtype") else np.asarray(value)
         want = (*lead, *self.shape)
         if isinstance(value, np.ndarray) and value.dtype == self.numpy and value.shape == want:
@@ -59,12 +76,7 @@ class Key:
                 f"replay: expected {self.name} of shape {want} as {self.dtype}, got {name}; "
                 "convert it before it is added"
             )
-        if self.dtype == "bfloat16":
-            tensor = torch.as_tensor(value).detach().cpu().to(torch.bfloat16)
-            return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
-        if isinstance(value, torch.Tensor):
-            value = value.detach().cpu().numpy()
-        return np.ascontiguousarray(value, dtype=self.numpy)
+        return value
 
 
 def read_spec(spec: Spec, window: int) -> dict[str, Key]:
@@ -88,29 +100,31 @@ def read_spec(spec: Spec, window: int) -> dict[str, Key]:
     return keys
 
 
-def announce(keys: dict[str, Key], rows: int, storage: str, free: int | None) -> str:
+def announce(keys: dict[str, Key], rows: int, place: str, free: int | None) -> str:
     """One line: bytes at capacity by kind, against what was free before allocation."""
     share = {"images": 0, "latents": 0, "other": 0}
     for key in keys.values():
         image = key.dtype == "uint8" and len(key.shape) == 3
         share["latents" if key.context else "images" if image else "other"] += key.record * rows
     parts = ", ".join(f"{kind} {gigabytes(n)}" for kind, n in share.items())
-    place = "RAM" if storage == "ram" else "disk"
     left = "unknown" if free is None else f"{gigabytes(free)} GB"
     return f"replay: {gigabytes(sum(share.values()))} GB at capacity ({parts}); {place} free {left}"
 
 
-def check_fits(keys: dict[str, Key], rows: int, storage: str, free: int | None) -> None:
-    """Refuse a ring of more than 0.8 of what is free: the system would kill the run hours later."""
+# What else to try where the rows do not fit, by the place that `replay_io.place_of` names.
+_ELSEWHERE = {"RAM": ", use --replay.storage mmap", "GPU memory": ", use --replay.storage ram"}
+
+
+def check_fits(keys: dict[str, Key], rows: int, place: str, free: int | None) -> None:
+    """Refuse a ring of more than 0.8 of what is free: the run would be killed hours later."""
     record = sum(key.record for key in keys.values())
     if free is None or rows * record <= 0.8 * free:
         return
-    place, other = ("RAM", ", use --replay.storage mmap") if storage == "ram" else ("disk", "")
     raise ValueError(
         f"replay.capacity: expected at most 0.8 of the free {place} = {gigabytes(0.8 * free)} GB, "
         f"got {gigabytes(rows * record)} GB for {rows} rows of {record} bytes; lower "
-        f"--replay.capacity to {int(0.8 * free) // record} or less{other}, or pass "
-        "--replay.force true"
+        f"--replay.capacity to {int(0.8 * free) // record} or less{_ELSEWHERE.get(place, '')}, or "
+        "pass --replay.force true"
     )
 
 

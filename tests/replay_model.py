@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from fastwm import ops
 from fastwm import replay as replay_module
 from fastwm.replay import Replay
 
 BACKENDS = ("numpy", "native")
+DEVICE = {"storage": "cuda", "device": "cpu", "gather": ops.gather_windows}
 
 
 def choose(monkeypatch, name):
-    if name == "numpy":
+    """ "device": rings as on a GPU, but on the CPU, wherever a test does not say otherwise."""
+    if name == "device":
+        for setting, value in DEVICE.items():
+            monkeypatch.setitem(Replay.__init__.__kwdefaults__, setting, value)
+    elif name == "numpy":
         monkeypatch.setattr(replay_module, "_replay", None)
     elif replay_module._replay is None:
         pytest.skip("fastwm._replay is not built")
+
+
+def ring_of(replay, name):
+    """A copy of a ring as numpy, bfloat16 as its bits."""
+    key = replay.keys[name]
+    if isinstance(key.ring, np.ndarray):
+        return key.ring.copy()
+    flat = key.ring.cpu().clone().reshape(-1).view(torch.uint8).numpy()
+    return flat.view(key.numpy).reshape(key.ring.shape)
 
 
 def spec(actions=3, deter=5, stoch=2, stoch_dtype="uint8"):

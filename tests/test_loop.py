@@ -344,10 +344,12 @@ def test_the_count_of_bad_updates_survives_a_resume(tmp_path):
 
 def test_latents_of_a_bad_update_are_not_stored():
     class Replay:
+        device = torch.device("cpu")
         stored: ClassVar[list] = []
 
-        def update_latents(self, ids, deter, stoch):
-            self.stored.append(int(ids))
+        def update_latents(self, ids, deter, stoch, keep):
+            if keep:
+                self.stored.append(int(ids))
 
     transfer = Transfer(Replay(), torch.device("cpu"), 1)
     for i, finite in enumerate([True, False, True]):
@@ -394,6 +396,8 @@ def test_latents_of_a_launch_are_stored_with_the_next(monkeypatch):
     stored = []
 
     class Replay:
+        device = torch.device("cpu")
+
         def update_latents(self, ids, deter, stoch):
             stored.append(int(ids))
 

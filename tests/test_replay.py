@@ -10,15 +10,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from replay_model import BACKENDS, choose, filled, rows_of, spec
+from replay_model import BACKENDS, choose, filled, ring_of, rows_of, spec
 
 from fastwm import replay as replay_module
 from fastwm.replay import Replay
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, "device"])
 def backend(request, monkeypatch):
-    """Every test runs on numpy slices and, where it is built, on the compiled module."""
+    """Every test runs on numpy slices, on tensors and, where it is built, the compiled module."""
     choose(monkeypatch, request.param)
     return request.param
 
@@ -197,16 +197,16 @@ def test_latents_round_trip_and_old_windows_are_not_written(backend):
     stoch = torch.arange(2 * 4 * 2).reshape(2, 4, 2).to(torch.uint8)
     for time in range(12, 15):
         replay.add(rows_of([0], [time]))
-    before = {name: replay.keys[name].ring.copy() for name in ("deter", "stoch")}
+    before = {name: ring_of(replay, name) for name in ("deter", "stoch")}
     replay.update_latents(ids, deter, stoch)
     # rows 0, 1, 2 gave their slots to rows 12, 13, 14: of the first window only 3 and 4 are left
     assert replay.stats()["latents_dropped"] == 2
     for name in before:
-        assert np.array_equal(replay.keys[name].ring[0, :3], before[name][0, :3]), name
+        assert np.array_equal(ring_of(replay, name)[0, :3], before[name][0, :3]), name
     for row_number, b, t in [(3, 0, 2), (4, 0, 3), (5, 1, 0), (8, 1, 3)]:
-        assert np.array_equal(replay.keys["stoch"].ring[0, row_number], stoch[b, t])
+        assert np.array_equal(ring_of(replay, "stoch")[0, row_number], stoch[b, t])
         bits = deter[b, t].view(torch.int16).numpy().view(np.uint16)
-        assert np.array_equal(replay.keys["deter"].ring[0, row_number], bits)
+        assert np.array_equal(ring_of(replay, "deter")[0, row_number], bits)
 
 
 def test_abandoned_episodes_end_where_the_next_begins(backend):
@@ -317,7 +317,7 @@ BAD_ROWS = [
 @pytest.mark.parametrize("spoil, error, message", BAD_ROWS)
 def test_bad_rows_raise_and_change_nothing(backend, spoil, error, message):
     replay = filled(num_envs=2)
-    before = {name: key.ring.copy() for name, key in replay.keys.items()}
+    before = {name: ring_of(replay, name) for name in replay.keys}
     count = replay._count.copy()
     rows = rows_of([0, 1], [20, 20])
     spoil(rows)
@@ -325,7 +325,7 @@ def test_bad_rows_raise_and_change_nothing(backend, spoil, error, message):
         replay.add(rows)
     assert np.array_equal(replay._count, count)
     for name, ring in before.items():
-        assert np.array_equal(replay.keys[name].ring, ring), name
+        assert np.array_equal(ring_of(replay, name), ring), name
 
 
 @pytest.mark.parametrize("envs", [[0, 0], [2], [-1], [[0, 1]]])
@@ -351,7 +351,7 @@ def test_bad_write_back(backend):
 def test_bad_settings():
     with pytest.raises(ValueError, match=r"at least num_envs \* \(batch_length \+ 1\) = 10 rows"):
         Replay(spec(), 2, 9, 4)
-    with pytest.raises(ValueError, match="replay.storage: expected 'ram', or 'mmap' together"):
+    with pytest.raises(ValueError, match="replay.storage: expected 'ram', 'cuda', or 'mmap' t"):
         Replay(spec(), 2, 20, 4, storage="mmap")
     with pytest.raises(ValueError, match=r"expected spec\['is_last'\] = .* got no such key"):
         Replay({name: v for name, v in spec().items() if name != "is_last"}, 2, 20, 4)

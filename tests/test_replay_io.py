@@ -56,13 +56,14 @@ def manifest_of(replay, directory):
 
 
 @pytest.mark.parametrize("rows", [0, 3, 11, 12, 13, 40])
-@pytest.mark.parametrize("storage", ["ram", "mmap"])
+@pytest.mark.parametrize("storage", ["ram", "mmap", "cuda"])
 def test_a_loaded_replay_goes_on_bit_for_bit(backend, tmp_path, rows, storage):
     """Content, write cursor, online queue, generator, totals, at every fill of the ring."""
-    replay = Replay(spec(), 3, 36, 4, seed=1, storage=storage, directory=tmp_path / "a")
+    where = {"storage": storage, "device": "cpu"}
+    replay = Replay(spec(), 3, 36, 4, seed=1, directory=tmp_path / "a", **where)
     train(replay, range(rows))
     manifest = manifest_of(replay, tmp_path / "saved")
-    again = Replay(spec(), 3, 36, 4, seed=99, storage=storage, directory=tmp_path / "b")
+    again = Replay(spec(), 3, 36, 4, seed=99, directory=tmp_path / "b", **where)
     again.load(tmp_path / "saved", manifest)
     assert again.stats() == replay.stats()
     expected, got = train(replay, range(rows, rows + 30)), train(again, range(rows, rows + 30))

@@ -12,9 +12,10 @@ Batch = dict[str, torch.Tensor]
 class Transfer:
     """Moves replay batches to a device, and posteriors back.
 
-    On a CPU both happen at once. On a GPU batches go through two pinned buffers in turn, and the
-    latents of an update are written into the replay when the next update is under way: the host
-    is then one launch ahead of the device and never further.
+    On a CPU both happen at once, and so they do where the replay lies on the agent's GPU itself.
+    From the host to a GPU batches go through two pinned buffers in turn, and the latents of an
+    update are written into the replay when the next update is under way: the host is then one
+    launch ahead of the device and never further.
 
     Args: replay: fastwm.replay.Replay. device: of the agent. batch_size: B.
     """
@@ -23,14 +24,14 @@ class Transfer:
         self.replay, self.device, self.batch_size = replay, device, batch_size
         self.pinned: list[tuple[Batch, torch.cuda.Event]] = []
         self.waiting: list[tuple[torch.Tensor, Batch, torch.Tensor, torch.cuda.Event]] = []
-        if device.type == "cuda":
+        if device.type == "cuda" and replay.device.type == "cpu":
             self.pinned = [
                 (replay.empty_batch(batch_size, pin_memory=True), torch.cuda.Event())
                 for _ in range(2)
             ]
 
     def sample(self) -> Batch:
-        """The next batch on the CPU; valid until the next but one."""
+        """The next batch where the replay lies; valid until the next but one."""
         if not self.pinned:
             return self.replay.sample(self.batch_size)
         self.pinned.reverse()
@@ -39,10 +40,9 @@ class Transfer:
         return self.replay.sample(self.batch_size, out=batch)
 
     def to_device(self, batch: Batch) -> Batch:
-        if not self.pinned:
-            return batch
         moved = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        self.pinned[0][1].record()
+        if self.pinned:
+            self.pinned[0][1].record()
         return moved
 
     def wait(self) -> None:
@@ -61,7 +61,8 @@ class Transfer:
         if first:
             self.flush()
         if not self.pinned:
-            self._store(ids, latents, finite)
+            if latents:
+                self.replay.update_latents(ids, latents["deter"], latents["stoch"], keep=finite)
             return
         host = {key: _to_pinned(value) for key, value in latents.items()}
         flag, arrived = _to_pinned(finite), torch.cuda.Event()

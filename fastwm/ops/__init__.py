@@ -5,6 +5,7 @@ Every op takes CPU or CUDA tensors and equals its plain PyTorch `*_ref` beside i
 
 from fastwm.ops._backend import available, backend_info, use_backend
 from fastwm.ops._rssm_layernorm import gru_step_layernorm, gru_step_layernorm_ref
+from fastwm.ops.gather import gather_windows, gather_windows_ref
 from fastwm.ops.gmm import gmm_nll, gmm_nll_ref
 from fastwm.ops.lambda_return import lambda_return, lambda_return_ref
 from fastwm.ops.latent import (
@@ -59,6 +60,8 @@ __all__ = [
     "backend_info",
     "ema_",
     "ema_ref_",
+    "gather_windows",
+    "gather_windows_ref",
     "gmm_nll",
     "gmm_nll_ref",
     "gru_step",

@@ -170,6 +170,14 @@ def rssm_imagine(batch: int) -> Case:
     return Case((_weights(), torch.randn(batch, 16), _one_hot(batch), policy, 5, noise, 0.01))
 
 
+@_case
+def gather_windows(batch: int) -> Case:
+    image = torch.randint(256, (3, 9, 4, 2, 2), dtype=torch.uint8)
+    rings = [image, torch.randn(3, 9), image[..., 0, 0].clone(), torch.randint(9, (3, 9, 3))]
+    ids = torch.stack([torch.randint(3, (batch,)), torch.randint(1, 99, (batch,))], -1)
+    return Case((rings, ids, [0, -1, 0, 2], [5, 9, 1, 4], [torch.float32, None, None, None]))
+
+
 def _optimizer(batch: int) -> Case:
     shapes = [(batch, 3), (7,), (2, 3, 5)]
     lists = [[torch.randn(shape) for shape in shapes] for _ in range(3)]

@@ -21,8 +21,17 @@ NO_ARGUMENTS = {"build_info", "cpu_capability"}
 NAMES = sorted(_backend._names - NO_ARGUMENTS)
 # The loops of the sequence leave out the action branch ([6] to [8]) and the token part of [14].
 LOOP = ("[6]", "[7]", "[8]", "[14] shorter -1", "[14] longer -1")
+# Rings may hold anything behind (N, L); the first of the case is scaled, and must be bytes.
+RINGS = tuple(
+    f"[{ring}] {how} {dim}"
+    for ring, dim in ((0, -1), (0, -2), (0, -3), (2, -1), (3, -1))
+    for how in ("shorter", "longer", "one", "empty")
+) + ("[1] torch.", "[2] torch.", "[3] torch.")
 # What an argument may be by itself: "any", "leading" sizes, or whatever begins like this.
 FREE = {
+    ("gather_windows", "offsets"): ("[0] =", "[1] =", "[2] =", "[3] ="),  # a row modulo L
+    ("gather_windows", "ids"): "leading",
+    ("gather_windows", "rings"): RINGS,
     ("latent_one_hot", "index"): "any",
     ("latent_one_hot", "classes"): "any",
     ("latent_sample", "logits"): "any",  # the noise, where there is any, is checked against it
