@@ -189,6 +189,8 @@ def dreamerv3_torch(args):
     import torch
     from ruamel import yaml
 
+    init = models.networks.MLP.__init__  # where nobody names a device it takes the GPU
+    init.__defaults__ = tuple(args.device if x == "cuda" else x for x in init.__defaults__)
     if args.precision != "fp32":
         raise SystemExit("peers: expected --precision fp32 for dreamerv3-torch, got bf16")
     text = (Path(args.checkout) / "configs.yaml").read_text()

@@ -23,7 +23,7 @@ def precision(device: torch.device) -> Default:
 
 def compiled(device: torch.device) -> Default:
     if device.type != "cuda":
-        return Default("off", "the kernels already cover what a compiler would fuse")
+        return Default("off", "beside the kernels it gains nothing, and the first update takes minutes")
     return Default("off", "what it adds to the kernels and the graph was never measured on a GPU")
 
 
