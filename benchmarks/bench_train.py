@@ -29,6 +29,7 @@ from conftest import machine_line
 from fastwm import assemble, envs, ops
 from fastwm import config as configs
 from fastwm.agents.dreamer import DreamerAgent
+from fastwm.loops.transfer import Transfer
 from fastwm.replay import Replay
 from fastwm.spaces import Space
 
@@ -59,10 +60,11 @@ def make_agent(
     return DreamerAgent(obs_space, act_space, config, device=device)
 
 
-def make_replay(agent: DreamerAgent, rows: int = 4096, num_envs: int = 8) -> Replay:
-    """A replay filled with random rows."""
-    config = agent.config
-    replay = Replay(agent.replay_spec(), num_envs, rows, config.batch_length, seed=0)
+def make_transfer(agent: DreamerAgent, rows: int = 4096, storage: str = "ram") -> Transfer:
+    """A replay filled with random rows, and the way to the agent's device and back."""
+    config, num_envs = agent.config, 8
+    where = {"storage": storage, "device": agent.device, "gather": ops.gather_windows}
+    replay = Replay(agent.replay_spec(), num_envs, rows, config.batch_length, seed=0, **where)
     source = np.random.default_rng(0)
     rssm = agent.model.world.rssm
     for _ in range(rows // num_envs):
@@ -80,7 +82,7 @@ def make_replay(agent: DreamerAgent, rows: int = 4096, num_envs: int = 8) -> Rep
             else:
                 row[key] = source.normal(size=(num_envs, *space.shape)).astype(np.float32)
         replay.add(row)
-    return replay
+    return Transfer(replay, agent.device, config.batch_size)
 
 
 def draw_actions(space: Space, num_envs: int, source: np.random.Generator) -> np.ndarray:
@@ -89,11 +91,17 @@ def draw_actions(space: Space, num_envs: int, source: np.random.Generator) -> np
     return source.uniform(-1, 1, (num_envs, *space.shape)).astype(np.float32)
 
 
-def whole_update(agent: DreamerAgent, replay: Replay) -> None:
-    """Replay in, replay out; as many updates as the agent runs at once."""
-    batches = [replay.sample(agent.config.batch_size) for _ in range(agent.updates_at_once)]
-    for batch, (_, latents) in zip(batches, agent.update_many(batches), strict=True):
-        replay.update_latents(batch["ids"], latents["deter"].cpu(), latents["stoch"].cpu())
+def whole_update(agent: DreamerAgent, transfer: Transfer) -> None:
+    """Replay in, replay out, as a run does it; as many updates as the agent runs at once."""
+    ids, batches = [], []
+    for _ in range(agent.updates_at_once):
+        sampled = transfer.sample()
+        ids.append(sampled["ids"].clone())
+        batches.append(transfer.to_device(sampled))
+    results = agent.update_many(batches)
+    transfer.wait()
+    for i, (metrics, latents) in enumerate(results):
+        transfer.write_back(ids[i], latents, metrics["opt/finite"], first=i == 0)
     if agent.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -103,12 +111,12 @@ def whole_update(agent: DreamerAgent, replay: Replay) -> None:
 def bench_update(benchmark, backend, kind):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     agent = make_agent("size1m", VECTOR if kind == "vector" else IMAGE, device)
-    replay = make_replay(agent)
+    transfer = make_transfer(agent)
     config = agent.config
     benchmark.group = f"update size1m {kind} B{config.batch_size} T{config.batch_length} {device}"
     benchmark.extra_info["parameters"] = agent.parameter_counts()["total"]
     with ops.use_backend(backend):
-        benchmark.pedantic(whole_update, (agent, replay), rounds=10, warmup_rounds=3)
+        benchmark.pedantic(whole_update, (agent, transfer), rounds=10, warmup_rounds=3)
 
 
 class Stopwatch:
@@ -154,13 +162,14 @@ def split_update(agent: DreamerAgent, replay: Replay, clock: Stopwatch) -> None:
 
 def report_parts(preset: str, rounds: int) -> None:
     agent = make_agent(preset, VECTOR)
-    replay, config = make_replay(agent), agent.config
+    transfer, config = make_transfer(agent), agent.config
+    replay = transfer.replay
     clocks = {name: Stopwatch() for name in ("reference", "fused")}
     for i in range(rounds + 2):
         for name, clock in clocks.items():  # interleaved, so that a drift hits both
             with ops.use_backend(name):
                 used = clock if i >= 2 else Stopwatch()
-                used("whole update", whole_update, agent, replay)
+                used("whole update", whole_update, agent, transfer)
                 split_update(agent, replay, used)
     print(
         f"\n{preset}, vector observations, {agent.parameter_counts()['total']:,} parameters, "
@@ -230,13 +239,13 @@ class Contender:
         self.way, (self.backend, settings) = way, WAYS[way]
         settings = settings | {"precision": args.precision}
         self.agent = make_agent(size, KINDS[kind], args.device, **settings)
-        self.replay = make_replay(self.agent, rows=2048)
+        self.transfer = make_transfer(self.agent, 2048, args.storage)
         self.milliseconds: list[float] = []
 
     def update(self) -> None:
         start = time.perf_counter()
         with ops.use_backend(self.backend):
-            whole_update(self.agent, self.replay)
+            whole_update(self.agent, self.transfer)
         self.milliseconds.append(1e3 * (time.perf_counter() - start))
 
     def row(self, warmup: int) -> dict[str, float | str]:
@@ -272,7 +281,8 @@ def report_updates(args: argparse.Namespace) -> None:
             times = rows[0]["ms"] / row["ms"]
             print(f"{row['way']:16}{row['ms']:10.2f} ({row['iqr']:7.2f}){times:8.2f}x", end="")
             print(f"{row['first_s']:10.1f}", flush=True)
-            found.append({"size": size, "kind": kind, "device": args.device} | row)
+            where = {"device": args.device, "storage": args.storage}
+            found.append({"size": size, "kind": kind} | where | row)
         if args.json:  # each time: whoever stops it has some
             report = {"machine": machine_line(), "rows": found}
             args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -292,6 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     update.add_argument("--device", choices=("cpu", "cuda"), default=device)
     precisions = ("auto", "fp32", "bf16", "fp16")
     update.add_argument("--precision", choices=precisions, default="auto")
+    update.add_argument("--storage", choices=("ram", "cuda"), default="ram", help="of the replay")
     update.add_argument("--rounds", type=int, default=10)
     update.add_argument("--json", type=Path, help="write the rows there too")
     parts = commands.add_parser("parts", help="one update split up")

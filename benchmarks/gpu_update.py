@@ -84,11 +84,11 @@ class Timer:
 def update_call(size: str, kind: str, way: str, device: str) -> Callable[[], None]:
     backend, settings = WAYS[way]
     agent = bench_train.make_agent(size, KINDS[kind], device, **settings)
-    replay = bench_train.make_replay(agent)
+    transfer = bench_train.make_transfer(agent)
 
     def call() -> None:
         with ops.use_backend(backend):
-            bench_train.whole_update(agent, replay)
+            bench_train.whole_update(agent, transfer)
 
     return call
 

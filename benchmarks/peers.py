@@ -62,11 +62,11 @@ def own(args):
     act_space = Space("continuous", (ACTIONS,)) if args.kind == "walker" else bench_train.ACTION
     settings = settings | {"precision": args.precision}
     agent = bench_train.make_agent(args.size, obs_space, args.device, act_space, **settings)
-    replay = bench_train.make_replay(agent, 2048)
+    transfer = bench_train.make_transfer(agent, 2048)
 
     def update():
         with ops.use_backend(backend):
-            bench_train.whole_update(agent, replay)
+            bench_train.whole_update(agent, transfer)
 
     return agent.parameter_counts()["total"], update
 

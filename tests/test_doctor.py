@@ -12,10 +12,11 @@ def test_it_prints_every_default_and_its_reason(capsys):
     doctor.main([])
     text = capsys.readouterr().out
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for key, default in defaults.DEFAULTS.items():
+    settings = config.flatten(tiny_config())
+    for key, default in [*defaults.DEFAULTS.items(), ("replay.storage", defaults.storage)]:
         value, reason = default(device)
         assert f"--{key} {value}: {reason}" in " ".join(text.split())
-        assert len(reason) > 10 and config.flatten(tiny_config())[key] == "auto"
+        assert settings[key] == ("auto" if key in defaults.DEFAULTS else value)
 
 
 def test_agents_follow_it():

@@ -23,7 +23,9 @@ def precision(device: torch.device) -> Default:
 
 def compiled(device: torch.device) -> Default:
     if device.type != "cuda":
-        return Default("off", "beside the kernels it gains nothing, and the first update takes minutes")
+        return Default(
+            "off", "beside the kernels it gained nothing, and it takes minutes at the start"
+        )
     return Default("off", "what it adds to the kernels and the graph was never measured on a GPU")
 
 
@@ -31,6 +33,13 @@ def cudagraphs(device: torch.device) -> Default:
     if device.type != "cuda":
         return Default("off", "graphs are of CUDA")
     return Default("on", "an update is hundreds of short kernels: one launch instead of each")
+
+
+def storage(device: torch.device) -> Default:
+    """Of the replay's rows; what is taken unless a setting says otherwise."""
+    if device.type != "cuda":
+        return Default("ram", "rows are where the learner is; mmap is for more than fits")
+    return Default("ram", "it holds most; cuda samples where the learner is, if the rows fit there")
 
 
 DEFAULTS = {"precision": precision, "compile": compiled, "cudagraphs": cudagraphs}
@@ -45,7 +54,7 @@ def lines() -> Iterator[str]:
     """What to tell a person about the device that a run would take."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    yield f"what auto stands for on {name}:"
-    for key, default in DEFAULTS.items():
+    yield f"defaults on {name}:"
+    for key, default in [*DEFAULTS.items(), ("replay.storage", storage)]:
         value, reason = default(device)
         yield f"--{key:<19}{value}: {reason}"
