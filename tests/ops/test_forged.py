@@ -2,11 +2,16 @@
 
 The calls are recorded while the ready-made cases run, and every argument is spoiled in turn: a new
 op is tested as soon as it has a case; one that no case reaches fails. The same tests under
-AddressSanitizer (`make asan`) see what a wrong check lets through.
+AddressSanitizer (`make asan`) see what a wrong check lets through, and so do the pages around
+tensors where the CUDA bindings and kernels are executed on the CPU (tests/emulate.py).
 """
 
+import contextlib
 import functools
+import shutil
+from unittest import mock
 
+import emulate
 import pytest
 import torch
 from torch import Tensor
@@ -14,11 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastwm import ops
-from fastwm.ops import _backend
+from fastwm.ops import _backend, _rssm_fused, _rssm_rollout
 from fastwm.ops._cases import CASES, _run
 
 NO_ARGUMENTS = {"build_info", "cpu_capability"}
 NAMES = sorted(_backend._names - NO_ARGUMENTS)
+CUDA_NAMES = [name for name in NAMES if not name.startswith("mlp")]  # which has no CUDA file
+BOTH = [("cpu", name) for name in NAMES] + [("cuda", name) for name in CUDA_NAMES]
 # The loops of the sequence leave out the action branch ([6] to [8]) and the token part of [14].
 LOOP = ("[6]", "[7]", "[8]", "[14] shorter -1", "[14] longer -1")
 # Rings may hold anything behind (N, L); the first of the case is scaled, and must be bytes.
@@ -58,8 +65,8 @@ class Tape(TorchDispatchMode):
         self.calls: dict[str, dict[tuple, tuple]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fastwm":
-            name, given = func._schema.name.removeprefix("fastwm::"), tuple(a is None for a in args)
+        if func.namespace in ("fastwm", "fastwm_emulated"):
+            name, given = func._schema.name.split("::")[1], tuple(a is None for a in args)
             self.calls.setdefault(name, {}).setdefault((given, str(args[-1])[:5]), copy(args))
         return func(*args, **(kwargs or {}))
 
@@ -72,14 +79,39 @@ def copy(args):
 
 
 @functools.cache
-def recorded() -> dict[str, list[tuple]]:
+def recorded(device: str = "cpu") -> dict[str, list[tuple]]:
     tape = Tape()
     for name, make in CASES.items():
         for batch in (1, 5):
             torch.manual_seed(0)
-            with tape:
+            with tape, as_on_cuda() if device == "cuda" else contextlib.nullcontext():
                 _run(getattr(ops, name), make(batch), "cpu", wide=False)
     return {name: list(calls.values()) for name, calls in tape.calls.items()}
+
+
+@contextlib.contextmanager
+def as_on_cuda():
+    """Within the block the rssm's loops get the arguments that they would get for CUDA tensors."""
+    with contextlib.ExitStack() as stack:
+        for module in (_rssm_fused, _rssm_rollout):
+            found = {"raw": emulate.load(), "available": lambda *_: True}
+            stack.enter_context(mock.patch.multiple(module, **found))
+        yield
+
+
+@pytest.fixture
+def kernels(request):
+    """device -> the operators: those of the CPU, or the CUDA code on guarded memory of the CPU."""
+    if request.param == "cpu":
+        yield torch.ops.fastwm
+        return
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler (c++)")
+    operators, switch = emulate.load(), emulate.switches()
+    recorded("cuda")  # in usual memory: the library's convolution wants its own alignment
+    switch.emulation_guard(1)
+    yield operators
+    assert not switch.emulation_guard(0), "a kernel wrote outside of a tensor"
 
 
 def shapes(x: Tensor):
@@ -131,12 +163,13 @@ def is_free(op: str, argument: str, what: str) -> bool:
     return "torch." not in what and (rule == "any" or not what.endswith("-1"))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_spoiled_arguments_raise(name):
-    assert name in recorded(), "add a case to fastwm/ops/_cases.py that reaches this op"
-    op = getattr(torch.ops.fastwm, name).default
+@pytest.mark.parametrize("kernels, name", BOTH, indirect=["kernels"])
+def test_spoiled_arguments_raise(kernels, name):
+    calls = recorded("cpu" if kernels is torch.ops.fastwm else "cuda")
+    assert name in calls, "add a case to fastwm/ops/_cases.py that reaches this op"
+    op = getattr(kernels, name).default
     accepted, tried = [], 0
-    for args in recorded()[name]:
+    for args in calls[name]:
         for place, argument in enumerate(op._schema.arguments):
             for what, bad in spoiled(args[place]):
                 if is_free(name, argument.name, what) and isinstance(bad, int) and bad > 2**30:
@@ -145,8 +178,9 @@ def test_spoiled_arguments_raise(name):
                 tried += 1
                 try:
                     op(*forged)
-                except (RuntimeError, ValueError, TypeError, IndexError):
-                    continue
+                except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                    if "launch failed" not in str(error):
+                        continue  # refused, and not by the page behind a tensor
                 if not is_free(name, argument.name, what):
                     accepted.append(f"{argument.name} {what}")
     assert tried > 3
