@@ -84,7 +84,7 @@ Lists lists_of(const char* op, const Tensors& params, const Tensors& grads, cons
 struct Copies {
   std::vector<float*> slow;  // of each parameter, or null
   float rate;
-  std::vector<uint16_t*> low;  // of each parameter, or empty
+  std::vector<Bf16*> low;      // of each parameter, or empty
 
   void write(size_t tensor, int64_t start, const float* param, int64_t count) const {
     if (slow[tensor] != nullptr) ema_update(slow[tensor] + start, param, rate, count);
@@ -108,7 +108,7 @@ Copies copies_of(const char* op, const Tensors& params, Tensors& slow,
   if (low.empty()) return copies;
   check_list(op, "low", low, params, true, ScalarType::BFloat16);
   for (Tensor& tensor : low) {
-    copies.low.push_back(static_cast<uint16_t*>(tensor.mutable_data_ptr()));
+    copies.low.push_back(static_cast<Bf16*>(tensor.mutable_data_ptr()));
   }
   return copies;
 }
@@ -125,28 +125,50 @@ std::tuple<Tensor, Tensor> verdict(const Lists& a, double scale, const Tensor& l
   return {result, finite};
 }
 
-// update(chunk) for every parameter, in blocks whose four arrays fit the second-level cache.
+float correction(double beta, double count) {
+  return static_cast<float>(1.0 / (1.0 - std::pow(beta, count)));
+}
+
+// What one step has in common for all tensors; clip_value 0 means no bound.
+OptimStep step_of(double lr, double beta1, double beta2, double eps, double count,
+                  double clip_value, bool nesterov, bool decoupled) {
+  return {static_cast<float>(lr),
+          static_cast<float>(beta1),
+          static_cast<float>(beta2),
+          static_cast<float>(eps),
+          static_cast<float>(1.0 - beta1),
+          static_cast<float>(1.0 - beta2),
+          correction(beta1, count),
+          correction(beta2, count),
+          1.0f,
+          0.0f,
+          clip_value > 0.0 ? static_cast<float>(clip_value) : INFINITY,
+          nesterov,
+          decoupled};
+}
+
+// update(chunk, step) for every parameter, in blocks whose four arrays fit the second-level cache;
+// `step` gets the factor and the decay of the tensor.
 template <class F>
-void update_all(Lists& a, const std::vector<float>& factors, double weight_decay,
+void update_all(Lists& a, OptimStep step, const std::vector<float>& factors, double weight_decay,
                 const std::vector<int64_t>& decay, const Copies& copies, const F& update) {
   constexpr int64_t kBlock = 8192;
   parallel(static_cast<int64_t>(a.pieces.size()), 4 * kChunk, [&](int64_t begin, int64_t end) {
+    OptimStep own = step;
     for (int64_t i = begin; i < end; ++i) {
       const auto [t, first, size] = a.pieces[i];
+      own.grad_factor = factors[t];
+      own.weight_decay = decay[t] != 0 ? static_cast<float>(weight_decay) : 0.0f;
       for (int64_t start = first; start < first + size; start += kBlock) {
         float* param = mutable_ptr(a.params[t]) + start;
         const int64_t count = std::min(kBlock, first + size - start);
         update(OptimChunk{param, mutable_ptr(a.mu[t]) + start, mutable_ptr(a.nu[t]) + start,
-                          ptr(a.grads[t]) + start, count, factors[t],
-                          decay[t] != 0 ? static_cast<float>(weight_decay) : 0.0f});
+                          ptr(a.grads[t]) + start, count},
+               own);
         copies.write(t, start, param, count);
       }
     }
   });
-}
-
-float correction(double beta, double count) {
-  return static_cast<float>(1.0 / (1.0 - std::pow(beta, count)));
 }
 
 std::tuple<Tensor, Tensor> laprop_agc_cpu(
@@ -172,13 +194,8 @@ std::tuple<Tensor, Tensor> laprop_agc_cpu(
       factors[i] = static_cast<float>(1.0 / (scale * excess));
     }
   }
-  const LapropSettings settings{static_cast<float>(rate),  static_cast<float>(beta1),
-                                static_cast<float>(beta2), static_cast<float>(eps),
-                                static_cast<float>(1.0 - beta1), static_cast<float>(1.0 - beta2),
-                                correction(beta1, count),  correction(beta2, count),
-                                nesterov};
-  update_all(a, factors, weight_decay, decay, copies,
-             [&](const OptimChunk& chunk) { laprop_update(chunk, settings); });
+  update_all(a, step_of(rate, beta1, beta2, eps, count, 0.0, nesterov, false), factors,
+             weight_decay, decay, copies, laprop_update);
   count_up(step);
   return result;
 }
@@ -200,14 +217,8 @@ std::tuple<Tensor, Tensor> adam_cpu(Tensors params, Tensors grads, Tensors mu, T
 
   const double excess = clip_norm > 0.0 ? std::max(1.0, norm / clip_norm) : 1.0;
   const std::vector<float> factors(params.size(), static_cast<float>(1.0 / (scale * excess)));
-  const float limit = clip_value > 0.0 ? static_cast<float>(clip_value) : INFINITY;
-  const AdamSettings settings{static_cast<float>(rate),  static_cast<float>(beta1),
-                              static_cast<float>(beta2), static_cast<float>(eps),
-                              static_cast<float>(1.0 - beta1), static_cast<float>(1.0 - beta2),
-                              correction(beta1, count),  correction(beta2, count),
-                              limit,                     decoupled};
-  update_all(a, factors, weight_decay, decay, copies,
-             [&](const OptimChunk& chunk) { adam_update(chunk, settings); });
+  update_all(a, step_of(rate, beta1, beta2, eps, count, clip_value, false, decoupled), factors,
+             weight_decay, decay, copies, adam_update);
   count_up(step);
   return result;
 }

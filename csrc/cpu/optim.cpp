@@ -1,8 +1,6 @@
 // The optimizer, chunk by chunk: bound by memory, 8 bytes per parameter for the norms and 28 for the
 // update.
 #ifndef FWM_ISA
-#include <string.h>
-
 #include "cpu/optim.h"
 #include "cpu/simd.h"
 #include "cpu/softmax.h"
@@ -13,15 +11,15 @@ namespace fastwm {
 
 double sum_of_squares(const float* x, int64_t count) { return FWM_CALL(sum_of_squares)(x, count); }
 
-void laprop_update(const OptimChunk& chunk, const LapropSettings& settings) {
-  FWM_CALL(laprop_update)(chunk, settings);
+void laprop_update(const OptimChunk& chunk, const OptimStep& step) {
+  FWM_CALL(laprop_update)(chunk, step);
 }
 
-void adam_update(const OptimChunk& chunk, const AdamSettings& settings) {
-  FWM_CALL(adam_update)(chunk, settings);
+void adam_update(const OptimChunk& chunk, const OptimStep& step) {
+  FWM_CALL(adam_update)(chunk, step);
 }
 
-void to_bfloat16(const float* x, uint16_t* out, int64_t count) {
+void to_bfloat16(const float* x, Bf16* out, int64_t count) {
   FWM_CALL(to_bfloat16)(x, out, count);
 }
 
@@ -60,50 +58,25 @@ double sum_of_squares(const float* x, int64_t count) {
   return total;
 }
 
-void laprop_update(const OptimChunk& chunk, const LapropSettings& s) {
+void laprop_update(const OptimChunk& chunk, const OptimStep& step) {
   float *param = chunk.param, *mu = chunk.mu, *nu = chunk.nu;
-  const float *grad = chunk.grad, factor = chunk.grad_factor, decay = chunk.weight_decay;
-  const float keep1 = s.beta1, mix1 = s.mix1, keep2 = s.beta2, mix2 = s.mix2;
-  const float ahead = s.nesterov ? s.beta1 : 1.0f, direct = s.nesterov ? mix1 : 0.0f;
+  const float* grad = chunk.grad;
+  const OptimStep s = step;  // by value: nothing that is written can change it
 #pragma omp simd
-  for (int64_t i = 0; i < chunk.count; ++i) {
-    const float g = grad[i] * factor;
-    const float second = keep2 * nu[i] + mix2 * g * g;
-    const float unit = g / (sqrtf(second * s.correct2) + s.eps);
-    const float first = keep1 * mu[i] + mix1 * unit;
-    const float move = (ahead * first + direct * unit) * s.correct1 + decay * param[i];
-    param[i] -= s.lr * move;
-    mu[i] = first;
-    nu[i] = second;
-  }
+  for (int64_t i = 0; i < chunk.count; ++i) laprop_element(s, grad[i], param[i], mu[i], nu[i]);
 }
 
-void adam_update(const OptimChunk& chunk, const AdamSettings& s) {
+void adam_update(const OptimChunk& chunk, const OptimStep& step) {
   float *param = chunk.param, *mu = chunk.mu, *nu = chunk.nu;
-  const float *grad = chunk.grad, factor = chunk.grad_factor, limit = s.clip_value;
-  const float keep1 = s.beta1, mix1 = s.mix1, keep2 = s.beta2, mix2 = s.mix2;
-  const float coupled = s.decoupled ? 0.0f : chunk.weight_decay;
-  const float decoupled = s.decoupled ? chunk.weight_decay : 0.0f;
+  const float* grad = chunk.grad;
+  const OptimStep s = step;
 #pragma omp simd
-  for (int64_t i = 0; i < chunk.count; ++i) {
-    const float scaled = grad[i] * factor, least = scaled < -limit ? -limit : scaled;
-    const float g = (least > limit ? limit : least) + coupled * param[i];
-    const float first = keep1 * mu[i] + mix1 * g, second = keep2 * nu[i] + mix2 * g * g;
-    const float move = first * s.correct1 / (sqrtf(second * s.correct2) + s.eps);
-    param[i] -= s.lr * (move + decoupled * param[i]);
-    mu[i] = first;
-    nu[i] = second;
-  }
+  for (int64_t i = 0; i < chunk.count; ++i) adam_element(s, grad[i], param[i], mu[i], nu[i]);
 }
 
-void to_bfloat16(const float* x, uint16_t* out, int64_t count) {
+void to_bfloat16(const float* x, Bf16* out, int64_t count) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    memcpy(&bits, x + i, 4);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    out[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-  }
+  for (int64_t i = 0; i < count; ++i) narrow(x[i], out[i]);
 }
 
 void ema_update(float* slow, const float* fast, float rate, int64_t count) {
