@@ -50,8 +50,10 @@ def lambda_return(
     Returns: (B, T-1), differentiable with respect to reward, value and discount, not trace.
     Raises: ValueError on shapes, TypeError on dtypes or devices.
     Equivalent to:
+        R = v.clone()
         for t in reversed(range(T - 1)):
-            R[:, t] = r[:, t+1] + d[:, t+1] * (v[:, t+1] + l[:, t+1] * (R[:, t+1] - v[:, t+1]))
+            R[:, t] = r[:, t+1] + d[:, t+1] * torch.lerp(v[:, t+1], R[:, t+1], l[:, t+1])
+        R = R[:, :-1]
     Numerics: float32 has fused kernels; other floating dtypes run the reference.
     """
     trace = _check(reward, value, discount, trace)

@@ -225,7 +225,9 @@ def laprop_agc_(
     Raises:
         ValueError, TypeError: lists of unequal length, shapes or types that do not fit.
     Equivalent to:
-        the loop of `laprop_agc_ref_`; the first update moves each element by about lr.
+        g = g / (g.norm() / (agc * p.norm().clamp(min=pmin))).clamp(min=1)
+        n.lerp_(g * g, 1 - beta2); m.lerp_(g / ((n / (1 - beta2**t)).sqrt() + eps), 1 - beta1)
+        p -= lr * (m / (1 - beta1**t) + weight_decay * p)
     """
     lists = (params, grads, mu, nu)
     _check("laprop_agc_", *lists, step, lr, decay_mask, copies)
