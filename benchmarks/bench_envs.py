@@ -89,7 +89,7 @@ class Loop:
             self.run.log_if_due()
 
 
-@pytest.mark.parametrize("task", ["cartpole", "atari_pong", "carracing"])
+@pytest.mark.parametrize("task", ["cartpole", "dmc_walker_walk", "atari_pong"])
 def test_overlap(benchmark, task, tmp_path):
     """Training with environments that step while the learner updates, and with waiting ones: the
     two take turns, a log interval each. extra_info: share, time of overlapping over waiting."""
@@ -97,7 +97,7 @@ def test_overlap(benchmark, task, tmp_path):
     for overlap in spent:
         flags = {"task": task, "overlap": overlap, "steps": 10**9, "log.every_s": 0}
         flags |= {"log.tensorboard": False, "log.video_every": 0, "replay.capacity": 20_000}
-        flags |= {"checkpoint.every": 0, "eval.every": 0, "batch_length": 32, "train_ratio": 32}
+        flags |= {"checkpoint.every": 0, "eval.every": 0, "batch_length": 32, "train_ratio": 8}
         config = settings.resolve("dreamerv3", ["size1m"], flags)[0]
         runs[overlap] = assemble.online_run(config, tmp_path / str(overlap))
         runs[overlap].begin(None)
@@ -105,7 +105,7 @@ def test_overlap(benchmark, task, tmp_path):
 
     def turn(overlap):
         run, start = runs[overlap], time.perf_counter()
-        for _ in range(32):  # 512 rows: 32 updates of 16 x 32
+        for _ in range(32):  # 512 rows: 8 updates of 16 x 32
             run.act()
             run.learn()
             run.receive()

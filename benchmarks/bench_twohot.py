@@ -25,3 +25,19 @@ def test_twohot_mean(time_op, rows):
     logits, array = torch.randn(rows, V), 4 * rows * V
     time_op(f"twohot_mean N{rows} V{V}", ops.twohot_mean, ops.twohot_mean_ref,
             (logits, ops.symexp_bins(V)), [logits], (array, 2 * array))  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("units", [64, 256])
+def test_twohot_mean_linear(time_op, variant, mode, rows, units):
+    if mode != "forward":
+        pytest.skip("with a gradient it is the product and twohot_mean")
+    args = (torch.randn(rows, units), torch.randn(V, units) / units, torch.zeros(V))
+    moved = 4 * (rows * (units + 1) + V * units)
+    time_op(f"twohot_mean_linear N{rows} U{units} V{V}", ops.twohot_mean_linear, in_two,
+            (*args, ops.symexp_bins(V)), [], (moved, moved), 2 * rows * units * V)  # fmt: skip
+
+
+def in_two(x, weight, bias, bins):
+    """The baseline: the library's product and the kernel of the mean."""
+    return ops.twohot_mean(torch.nn.functional.linear(x, weight, bias), bins)

@@ -28,16 +28,14 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
   m.def("rms_silu(Tensor x, Tensor scale, float eps) -> Tensor");
   m.def("rms_silu_backward(Tensor grad_y, Tensor x, Tensor scale, float eps) -> (Tensor, Tensor)");
 
-  // mlp: layers of (weight, bias, scale), the last one perhaps without scale; on the CPU only
-  m.def("mlp_pack(Tensor[] weights) -> Tensor");
-  m.def("mlp(Tensor x, Tensor packed, Tensor[] weights, bool squash) -> Tensor");
-
   // twohot: `second` is a second target on the same logits; the other result is sum exp(logits - max)
   m.def("twohot_loss(Tensor logits, Tensor bins, Tensor target, Tensor? second, float weight, "
         "float second_weight) -> (Tensor, Tensor)");
   m.def("twohot_loss_backward(Tensor grad_loss, Tensor exp_sum, Tensor logits, Tensor bins, "
         "Tensor target, Tensor? second, float weight, float second_weight) -> Tensor");
   m.def("twohot_mean(Tensor logits, Tensor bins) -> Tensor");
+  // the same of logits x W^T + b that are never written; on the CPU only
+  m.def("twohot_mean_linear(Tensor x, Tensor weight, Tensor bias, Tensor bins) -> Tensor");
   m.def("twohot_mean_backward(Tensor grad_mean, Tensor logits, Tensor bins) -> Tensor");
 
   // gmm: `joint` one mixture (…, M) over vectors (…, M, Z); else one per latent, (…, Z, M) throughout
@@ -76,6 +74,10 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
+  // mlp: layers of (weight, bias, scale), the last one perhaps without scale; on the CPU only
+  m.def("mlp_pack(Tensor[] weights) -> Tensor");
+  m.def("mlp(Tensor x, Tensor packed, Tensor[] weights, bool squash) -> Tensor");
+
   // rssm: the loop of the posterior sequence; see csrc/rssm_args.h for what the lists hold.
   // `low`: the products in bfloat16, on CUDA only
   m.def("rssm_pack(Tensor[] weights, int hidden, int groups, bool low) -> Tensor");

@@ -97,6 +97,30 @@ Tensor twohot_mean_backward_cpu(Tensor grad_mean, Tensor logits, Tensor bins) {
   return grad_logits;
 }
 
+Tensor twohot_mean_linear_cpu(Tensor x, Tensor weight, Tensor bias, Tensor bins) {
+  constexpr const char* op = "twohot_mean_linear";
+  check_min_dim(op, "x", x, "(..., U)", 1);
+  check_float(op, "weight", weight, x, "(V, U)", {-1, x.size(x.dim() - 1)});
+  const int64_t count = weight.size(0), inputs = weight.size(1);
+  STD_TORCH_CHECK(1 <= count && count <= kMaxBins && inputs >= 1, op, ": expected 1 <= V <= ",
+                  kMaxBins, " and U >= 1, got V = ", count, ", U = ", inputs);
+  const Tensor rows = rows_arg(op, "x", x, x, "(..., U)", sizes_of(x)), w = dense(weight);
+  const Tensor b = float_arg(op, "bias", bias, x, "(V,)", {count});
+  const Tensor places = float_arg(op, "bins", bins, x, "(V,)", {count});
+  Tensor mean = allocate(x, leading(x, 1));
+  Tensor packed = allocate(x, {twohot_linear_packed_floats(count, inputs)});
+  const TwohotMeanLinear args{ptr(rows), ptr(w), ptr(b), ptr(places), inputs, count,
+                              mutable_ptr(packed)};
+  twohot_linear_pack(args);
+  float* out = mutable_ptr(mean);
+  const int64_t total = product(leading(x, 1)), groups = (total + kMostRows - 1) / kMostRows;
+  parallel(groups, kMostRows * count * (4 + inputs / 16), [&](int64_t begin, int64_t end) {
+    const int64_t stop = std::min(total, end * kMostRows);
+    twohot_mean_linear(args, out, begin * kMostRows, stop);
+  });
+  return mean;
+}
+
 }  // namespace
 }  // namespace fastwm
 
@@ -104,5 +128,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
   m.impl("twohot_loss", TORCH_BOX(&fastwm::twohot_loss_cpu));
   m.impl("twohot_loss_backward", TORCH_BOX(&fastwm::twohot_loss_backward_cpu));
   m.impl("twohot_mean", TORCH_BOX(&fastwm::twohot_mean_cpu));
+  m.impl("twohot_mean_linear", TORCH_BOX(&fastwm::twohot_mean_linear_cpu));
   m.impl("twohot_mean_backward", TORCH_BOX(&fastwm::twohot_mean_backward_cpu));
 }

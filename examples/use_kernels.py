@@ -104,6 +104,15 @@ def dense_gru() -> str:
     return f"state {tuple(deter.shape)}"
 
 
+def head() -> str:
+    """A value head for acting: layers in one call, and the mean of its bins without the logits."""
+    x, bins = torch.randn(16, 24), ops.symexp_bins(255)
+    layers = [torch.randn(64, 24) / 5, torch.zeros(64), torch.ones(64)]  # weight, bias, scale
+    hidden = ops.mlp(x, layers, squash=True)
+    value = ops.twohot_mean_linear(hidden, torch.zeros(255, 64), torch.zeros(255), bins)
+    return f"hidden {tuple(hidden.shape)}, value {value[0]:.1f}"
+
+
 def norm_and_decoder() -> str:
     """A normalised activation, and a decoder layer that upsamples without upsampling."""
     x, scale = torch.randn(16, 256), torch.ones(256)
@@ -150,6 +159,7 @@ def main() -> None:
         latent,
         rssm,
         dense_gru,
+        head,
         norm_and_decoder,
         replay,
         optimizer,

@@ -117,7 +117,7 @@ class Critic(nn.Module):
 
     @torch.no_grad()
     def slow_mean(self, features: Tensor) -> Tensor:  # (..., F) -> (...)
-        return self.mean(self.slow(features))
+        return self.slow.mean(features, self.bins)
 
     @torch.no_grad()
     def follow(self, updates: Tensor, finite: Tensor) -> None:  # () int64, () bool

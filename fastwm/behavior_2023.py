@@ -94,6 +94,10 @@ class Critic(behavior.Critic):
     def mean(self, logits: Tensor) -> Tensor:  # (..., V) -> (...)
         return ops.twohot_mean(logits, self.bins, squash=True)
 
+    @torch.no_grad()
+    def slow_mean(self, features: Tensor) -> Tensor:  # (..., F) -> (...)
+        return self.mean(self.slow(features))
+
 
 @contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:

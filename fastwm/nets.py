@@ -193,6 +193,11 @@ class Head(nn.Module):
         """forward(x) where the first layer's product is known; see NormLinear.recall."""
         return self.out(self.mlp.recall(product, x)).float()
 
+    def mean(self, x: Tensor, bins: Tensor, product: Tensor | None = None) -> Tensor:  # (..., F)
+        """The two-hot mean of what the head says of x. product: see `recall`."""
+        hidden = self.mlp(x) if product is None else self.mlp.recall(product, x)
+        return ops.twohot_mean_linear(hidden, self.out.weight, self.out.bias, bins)
+
 
 class Conv(nn.Module):
     """A convolution kernel (C', C, k, k), bias, and the scale of the norm that follows, if any."""

@@ -4,6 +4,7 @@
 #ifndef FWM_ISA
 #include "cpu/simd.h"
 #include "cpu/softmax.h"
+#include "cpu/team.h"
 #include "cpu/twohot.h"
 #define FWM_SOURCE "cpu/twohot.cpp"
 #include "cpu/each_isa.h"
@@ -26,9 +27,22 @@ void twohot_mean_backward(const TwohotMean& a, float* grad_logits, int64_t begin
   FWM_CALL(twohot_mean_backward)(a, grad_logits, begin, end);
 }
 
+void twohot_linear_pack(const TwohotMeanLinear& a) { FWM_CALL(twohot_linear_pack)(a); }
+
+void twohot_mean_linear(const TwohotMeanLinear& a, float* mean, int64_t begin, int64_t end) {
+  FWM_CALL(twohot_mean_linear)(a, mean, begin, end);
+}
+
+// Panels are at most 32 wide; their padding is counted for that width.
+int64_t twohot_linear_packed_floats(int64_t count, int64_t inputs) {
+  return (count + 31) / 32 * 32 * inputs + 16;
+}
+
 }  // namespace fastwm
 
 #else
+
+#include "cpu/rssm_body.h"
 
 namespace fastwm::FWM_ISA {
 
@@ -133,6 +147,41 @@ void twohot_mean_backward(const TwohotMean& a, float* grad_logits, int64_t begin
     for (int64_t i = 0; i < half; ++i) upper[i] *= factor * (positive[i] - mean);
 #pragma omp simd
     for (int64_t i = 0; i < half; ++i) out[i] *= factor * (-positive[half - 1 - i] - mean);
+  }
+}
+
+// The head's own product: the logits of a few rows live in cache only.
+void twohot_linear_pack(const TwohotMeanLinear& a) {
+  Arena arena{a.packed};
+  Packed panels;
+  panels.place(arena, 1, a.count, a.inputs);
+  for (int64_t j = 0; j < panels.count(); ++j) {
+    const float* source = a.weight + panels.column(j) * a.inputs;
+    pack(panels.panel(j), 0, a.inputs, panels.width(j), source, a.inputs, 1);
+  }
+}
+
+void twohot_mean_linear(const TwohotMeanLinear& a, float* mean, int64_t begin, int64_t end) {
+  constexpr int64_t kRoom = 25 * (1024 + 16);  // floats of logits: 25 rows of 1024, 95 of 255
+  float logits[kRoom], exps[kLocal];  // not in place: the last block of a row is read twice
+  Arena arena{a.packed};
+  Packed panels;
+  panels.place(arena, 1, a.count, a.inputs);
+  const int64_t stride = padded(a.count);
+  const int64_t room = kRoom / stride < kMostRows ? kRoom / stride : kMostRows;
+  for (int64_t first = begin; first < end; first += room) {
+    const int64_t rows = end - first < room ? end - first : room;
+    const Part x{a.x + first * a.inputs, a.inputs, a.inputs};
+    for (int64_t j = 0; j < panels.count(); ++j) {
+      const int64_t column = panels.column(j);
+      const Target to{a.bias + column, 0, logits + column, stride, panels.width(j)};
+      product(panels.panel(j), x, kNone, to, 0, rows);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* x_row = logits + row * stride;
+      const float sum = row_exp(x_row, row_max(x_row, a.count), exps, a.count);
+      mean[first + row] = mean_of(exps, a.bins, a.count) / sum;
+    }
   }
 }
 

@@ -26,4 +26,16 @@ struct TwohotMean {
 void twohot_mean(const TwohotMean& a, float* mean, int64_t begin, int64_t end);
 void twohot_mean_backward(const TwohotMean& a, float* grad_logits, int64_t begin, int64_t end);
 
+// The mean of logits x W^T + b that are never written.
+struct TwohotMeanLinear {
+  const float *x, *weight, *bias;  // (N, U), (V, U), (V)
+  const float* bins;               // (V), antisymmetric
+  int64_t inputs, count;           // U, V
+  float* packed;                   // twohot_linear_packed_floats
+};
+constexpr int64_t kMostRows = 96;  // that pass together
+int64_t twohot_linear_packed_floats(int64_t count, int64_t inputs);
+void twohot_linear_pack(const TwohotMeanLinear& a);
+void twohot_mean_linear(const TwohotMeanLinear& a, float* mean, int64_t begin, int64_t end);
+
 }  // namespace fastwm

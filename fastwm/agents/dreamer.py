@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastwm import ops
 from fastwm.agents import defaults
 from fastwm.agents.dreamer_base import DreamerBase, Noise
 from fastwm.behavior import Actor, Critic, ReturnNorm, imag_loss, repl_loss
@@ -164,10 +163,9 @@ class DreamerAgent(DreamerBase):
         world, critic, config = self.model.world, self.model.critic, self.config
         features, action, products = imagined
         with torch.no_grad():
-            reward = world.reward.recall(products["reward"], features)
-            reward = ops.twohot_mean(reward, world.reward_bins)
+            reward = world.reward.mean(features, world.reward_bins, products["reward"])
             cont = torch.sigmoid(world.cont.recall(products["cont"], features).squeeze(-1))
-            slow = critic.mean(critic.slow.recall(products["slow"], features))
+            slow = critic.slow.mean(features, critic.bins, products["slow"])
         limits = self.model.return_norm.range
 
         def scale_of(returns: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ from fastwm.ops.twohot import (
     twohot_loss,
     twohot_loss_ref,
     twohot_mean,
+    twohot_mean_linear,
+    twohot_mean_linear_ref,
     twohot_mean_ref,
 )
 from fastwm.ops.upconv import upsample_conv2d, upsample_conv2d_ref
@@ -96,6 +98,8 @@ __all__ = [
     "twohot_loss",
     "twohot_loss_ref",
     "twohot_mean",
+    "twohot_mean_linear",
+    "twohot_mean_linear_ref",
     "twohot_mean_ref",
     "upsample_conv2d",
     "upsample_conv2d_ref",

@@ -98,7 +98,7 @@ def _load_all() -> None:
 _load_all()
 
 
-CPU_ONLY = {"mlp", "mlp_pack"}  # a GPU has no use for these
+CPU_ONLY = {"mlp", "mlp_pack", "twohot_mean_linear"}  # a GPU leaves these to the library
 
 
 def available(where: torch.Tensor | torch.device | str, op: str | None = None) -> bool:

@@ -66,6 +66,13 @@ def twohot_mean(batch: int) -> Case:
 
 
 @_case
+def twohot_mean_linear(batch: int) -> Case:
+    head = (torch.randn(255, 9) / 9, torch.randn(255) / 9)
+    wrt = (0, 1, 2) if batch == 1 else ()  # without gradients the logits are never written
+    return Case((torch.randn(batch, 3, 9), *head, ops.symexp_bins(255)), wrt=wrt)
+
+
+@_case
 def gmm_nll(batch: int) -> Case:
     if batch == 1:  # one mixture over vectors
         shapes, layout = ((2, 1, 7), (2, 1, 4, 7), (2, 1, 4, 7), (2, 1, 4)), "joint"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastwm.ops._backend import available, operand, raw, register_fake, wants_grad
@@ -22,6 +23,8 @@ __all__ = [
     "twohot_loss",
     "twohot_loss_ref",
     "twohot_mean",
+    "twohot_mean_linear",
+    "twohot_mean_linear_ref",
     "twohot_mean_ref",
 ]
 
@@ -288,9 +291,64 @@ class _TwohotMean(torch.autograd.Function):
         return raw.twohot_mean_backward(grad_mean, *ctx.saved_tensors), None
 
 
+def twohot_mean_linear_ref(
+    x: Tensor,  # (…, U)
+    weight: Tensor,  # (V, U)
+    bias: Tensor,  # (V,)
+    bins: Tensor,  # (V,)
+    *,
+    squash: bool = False,
+) -> Tensor:  # (…)
+    """`twohot_mean_linear` in plain PyTorch."""
+    return twohot_mean_ref(F.linear(x, weight, bias), bins, squash=squash)
+
+
+def twohot_mean_linear(
+    x: Tensor,  # (…, U)
+    weight: Tensor,  # (V, U)
+    bias: Tensor,  # (V,)
+    bins: Tensor,  # (V,)
+    *,
+    squash: bool = False,
+) -> Tensor:  # (…)
+    """`twohot_mean` of the logits x W^T + b. On a CPU they are never written.
+
+    Args:
+        x: (…, U) float32, the last hidden layer. weight: (V, U). bias: (V,).
+        bins, squash: as in `twohot_mean`.
+    Returns:
+        (…) float32. Gradient: x, weight, bias, by way of the logits.
+    Raises:
+        ValueError: shapes that do not fit. TypeError: types or devices.
+    Equivalent to:
+        (torch.softmax(F.linear(x, weight, bias), -1) * bins).sum(-1)
+    """
+    op, tensors = "twohot_mean_linear", {"x": x, "weight": weight, "bias": bias, "bins": bins}
+    if x.dim() < 1:
+        raise ValueError(f"{op}: expected x of shape (..., U), got ()")
+    check_shape(op, "weight", weight, "(V, U)", (*weight.shape[:1], x.shape[-1]))
+    for name in ("bias", "bins"):
+        check_shape(op, name, tensors[name], "(V,)", (weight.shape[0],))
+    for name, tensor in tensors.items():
+        check_dtype(op, name, tensor)
+    check_same_device(op, **tensors)
+    narrow = all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    low = torch.is_autocast_enabled(x.device.type)
+    sizes = 1 <= weight.shape[0] <= MAX_BINS and weight.shape[1] >= 1
+    if not narrow or low or not sizes or not available(x, op) or wants_grad(x, weight, bias):
+        return twohot_mean(F.linear(x, weight, bias), bins, squash=squash)
+    mean = raw.twohot_mean_linear(x, weight, bias, bins)
+    return symexp(mean) if squash else mean
+
+
 @register_fake("twohot_mean")
 def _(logits, bins):
     return logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+
+
+@register_fake("twohot_mean_linear")
+def _(x, weight, bias, bins):
+    return x.new_empty(x.shape[:-1])
 
 
 @register_fake("twohot_mean_backward")

@@ -47,6 +47,7 @@ FREE = {
     ("mlp_pack", "weights"): "any",
     ("rms_silu", "x"): "leading",
     ("twohot_mean", "logits"): "leading",
+    ("twohot_mean_linear", "x"): "leading",
     ("rssm_pack", "weights"): "any",
     ("adam_", "decay"): ("[0] =", "[1] =", "[2] ="),  # flags
     ("laprop_agc_", "decay"): ("[0] =", "[1] =", "[2] ="),

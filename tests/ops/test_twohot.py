@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from fastwm import ops
-from fastwm.ops import available, twohot_loss, twohot_loss_ref, twohot_mean, twohot_mean_ref
+from fastwm.ops import (
+    available,
+    twohot_loss,
+    twohot_loss_ref,
+    twohot_mean,
+    twohot_mean_linear,
+    twohot_mean_linear_ref,
+    twohot_mean_ref,
+)
 from fastwm.ops._backend import raw
 
 # (leading shape, V)
@@ -310,3 +318,95 @@ def test_golden_head_pieces(golden, near, variant):
     row = torch.arange(mean.shape[0], dtype=torch.float32)  # the golden's cotangent
     grad = torch.autograd.grad(mean, logits, row)[0]
     near(grad, data["twohot/pred_grad"], 1e-5, "pred grad")
+
+
+# ---- the mean of a linear head
+
+
+HEADS = [((5,), 64, 255), ((2, 3), 7, 41), ((), 1, 40), ((0,), 3, 9), ((200,), 33, 255),
+         ((30,), 130, 1024), ((97,), 16, 1)]  # fmt: skip
+
+
+def head(lead, units, count):
+    weight, bias = 2 * torch.randn(count, units) / units**0.5, torch.randn(count)
+    return torch.randn(*lead, units), weight, bias, make_bins(count)
+
+
+@pytest.mark.parametrize("lead, units, count", HEADS, ids=str)
+@pytest.mark.parametrize("squash", [False, True])
+def test_mean_of_a_linear_head_matches_reference(lead, units, count, squash, variant):
+    *args, bins = head(lead, units, count)
+    bins = ops.symlog_bins(count) if squash and count > 1 else bins
+    expected = twohot_mean_linear_ref(*(t.double() for t in args), bins.double(), squash=squash)
+    actual = twohot_mean_linear(*args, bins, squash=squash)
+    assert actual.shape == lead
+    if squash:
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+        return
+    logits = torch.nn.functional.linear(*(t.double() for t in args))
+    scale = (torch.softmax(logits, -1) * bins).abs().amax(-1).clamp(min=1.0)
+    assert (((actual - expected) / scale).abs() < 1e-5).all()
+
+
+def test_mean_of_a_linear_head_has_gradients(variant, close):
+    *args, bins = head((6,), 8, 41)
+    bins = bins / bins[-1]
+    narrow, wide = [[t.detach().to(d).requires_grad_() for t in args] for d in (torch.float32,
+                    torch.float64)]  # fmt: skip
+    got = torch.autograd.grad(twohot_mean_linear(*narrow, bins).sum(), narrow)
+    want = torch.autograd.grad(twohot_mean_linear_ref(*wide, bins.double()).sum(), wide)
+    for a, b in zip(got, want, strict=True):
+        close(a, b)
+
+
+def test_mean_of_a_linear_head_in_any_layout(variant, close):
+    x, weight, bias, bins = head((4, 6), 8, 41)
+    bins = bins / bins[-1]
+    apart = torch.stack([bias, bias], 1)[:, 0]
+    turned = x.transpose(0, 1), weight.t().contiguous().t(), apart
+    close(twohot_mean_linear(*turned, bins), twohot_mean_linear(x, weight, bias, bins).t())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = twohot_mean_linear(x, weight, bias, bins)
+    torch.testing.assert_close(low, twohot_mean_linear(x, weight, bias, bins), rtol=0.1, atol=0.1)
+
+
+def test_not_a_number_of_a_linear_head_stays_in_its_row(variant):
+    x, weight, bias, bins = head((130,), 8, 41)
+    x[99, 3] = float("nan")
+    mean = twohot_mean_linear(x, weight, bias, bins)
+    assert mean.isnan().nonzero().flatten().tolist() == [99]
+
+
+@fused_only
+def test_rows_of_a_linear_head_do_not_depend_on_each_other_or_on_threads():
+    x, weight, bias, bins = head((1000,), 24, 255)
+    whole, before = twohot_mean_linear(x, weight, bias, bins), torch.get_num_threads()
+    parts = [twohot_mean_linear(part, weight, bias, bins) for part in x.split([1, 96, 100, 803])]
+    torch.set_num_threads(2)
+    shared = twohot_mean_linear(x, weight, bias, bins)
+    torch.set_num_threads(before)
+    assert torch.equal(whole, torch.cat(parts)) and torch.equal(whole, shared)
+
+
+@fused_only
+def test_opcheck_and_compile_of_a_linear_head(close):
+    args = head((3, 2), 7, 41)
+    torch.library.opcheck(raw.twohot_mean_linear.default, args)
+    compiled = torch.compile(twohot_mean_linear, fullgraph=True, backend="aot_eager")
+    close(compiled(*args), twohot_mean_linear(*args))
+
+
+@pytest.mark.parametrize(
+    "place, forge, error, message",
+    [
+        (0, lambda x: x[:, 1:], ValueError, "expected weight of shape"),
+        (1, lambda x: x[1:], ValueError, "expected bias of shape"),
+        (3, lambda x: x[1:], ValueError, "expected bins of shape"),
+        (0, lambda x: x.int(), TypeError, "expected x of dtype"),
+    ],
+)
+def test_bad_linear_heads(place, forge, error, message, variant):
+    args = list(head((3,), 7, 41))
+    args[place] = forge(args[place])
+    with pytest.raises(error, match=message):
+        twohot_mean_linear(*args)
