@@ -296,8 +296,8 @@ def main(argv: list[str] | None = None) -> None:
     update = commands.add_parser("update", help="whole updates, replay in and out")
     update.add_argument("--sizes", nargs="+", default=["size1m", "size12m", "size25m", "size50m"])
     update.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    ways = ["plain", "plain-compiled", "fastwm"]
-    update.add_argument("--ways", nargs="+", choices=WAYS, default=ways)
+    slow = "plain-compiled unrolls all 64 steps: compiling them can take half an hour a model"
+    update.add_argument("--ways", nargs="+", choices=WAYS, default=["plain", "fastwm"], help=slow)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     update.add_argument("--device", choices=("cpu", "cuda"), default=device)
     precisions = ("auto", "fp32", "bf16", "fp16")

@@ -59,6 +59,7 @@ def test_every_common_alias_leads_somewhere_for_dreamer():
         (["--agent.dyn.rssm.deter", "1024"], ["--rssm.deter", "1024"]),
         (["--agent.policy.minstd", "0.2"], ["--actor.min_std", "0.2"]),
         (["--jax.platform", "cpu"], ["--device", "cpu"]),
+        (["--compile", "True"], ["--compile", "full"]),
         (["--configs", "defaults", "debug"], ["debug"]),
     ],
 )
@@ -108,6 +109,7 @@ def test_the_origin_names_the_flag_that_was_typed():
         (["--units", "8", "--actor.units", "9"], ["actor.units: expected once", "--units"]),
         (["--run.log_every", "120"], ["run.log_every", "seconds", "--log.every"]),
         (["--kl_beta", "1"], ["--loss.dyn"]),
+        (["--compile", "yes"], ["compile: expected one of 'auto', 'off'", "got 'yes'"]),
     ],
 )
 def test_bad_aliases_say_what_to_do(argv, parts):

@@ -391,6 +391,17 @@ def test_updates_share_launches_where_so_many_are_due(tmp_path):
     assert len({id(found) for found, _ in ids}) == len(ids)  # none in a buffer that is used again
 
 
+def test_on_a_cpu_a_batch_is_not_copied(tmp_path):
+    """From the gathering to the networks its tensors stay where they are."""
+    run = make(tmp_path, "--train_ratio", "0", "--steps", "96")
+    online.train(run)
+    sampled = run.transfer.sample()
+    moved = run.agent.to_device(run.transfer.to_device(sampled))
+    assert {k: v.data_ptr() for k, v in moved.items()} == {
+        k: v.data_ptr() for k, v in sampled.items()
+    }
+
+
 def test_latents_of_a_launch_are_stored_with_the_next(monkeypatch):
     """As on a GPU, where they are on their way until then."""
     stored = []
