@@ -213,7 +213,7 @@ FWM_INLINE void exponentials(const float* logits, int64_t groups, int64_t classe
     for (int64_t k = 0; k < classes; ++k) e[s * classes + k] = l[k] - top;
   }
 #pragma omp simd
-  for (int64_t i = 0; i < groups * classes; ++i) e[i] = expf(e[i]);
+  for (int64_t i = 0; i < groups * classes; ++i) e[i] = exp_floored(e[i]);
 }
 
 FWM_INLINE int64_t largest(const float* x, int64_t n) {

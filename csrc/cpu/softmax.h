@@ -1,4 +1,4 @@
-// What softmax kernels share: an exponential of numbers that are not positive, and walks over a row.
+// What softmax kernels share: exponentials of numbers that are not positive, and walks over a row.
 // All of it is inlined into each instruction set's loops.
 #pragma once
 
@@ -10,29 +10,7 @@
 
 namespace fastwm {
 
-// exp(x) for x up to 88, to 1e-7 relative; exp(-87) = 2e-38 below, NaN for NaN. Inlined, it costs half
-// of a call into libmvec. 2^(x / ln 2) = 2^n * exp(r): adding 1.5 * 2^23 rounds to the integer n and
-// leaves n in the low bits, the polynomial is exp on |r| <= ln(2) / 2.
-FWM_HD float exp_floored(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float shifted = clamped * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts
-  float p = 1.98756915e-4f * r + 1.39819995e-3f;
-  p = p * r + 8.33345191e-3f;
-  p = p * r + 4.16657959e-2f;
-  p = p * r + 1.66666665e-1f;
-  p = p * r + 5.00000012e-1f;
-  p = (p * r + 1.0f) * r + 1.0f;
-  uint32_t bits;
-  memcpy(&bits, &shifted, 4);
-  bits = (bits << 23) + 0x3f800000u;
-  float power;
-  memcpy(&power, &bits, 4);
-  return p * power;
-}
-
-// The same for x <= 0, but 0 below -87.
+// exp_floored(x) for x <= 0, but 0 below -87.
 FWM_HD float exp_nonpos(float x) {
   const float y = exp_floored(x);
   return x < -87.0f ? 0.0f : y;
