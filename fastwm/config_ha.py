@@ -30,8 +30,8 @@ class Collect:
     envs: int = key(64, "environments stepped together", 1)
     length: int = key(250, "most decisions of one episode", 1)
     min_length: int = key(0, "shorter episodes are dropped", 0)
-    policy: Literal["brownian", "held", "white"] = key(
-        "brownian", "random actions: drifting, held for 1 to 10 steps, or new at every step"
+    policy: Literal["brownian", "held", "mixed", "white"] = key(
+        "brownian", "random actions: drifting, held for 1 to 10 or 1 to 100 steps, new every step"
     )
 
 

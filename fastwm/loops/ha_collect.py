@@ -20,7 +20,8 @@ class RandomActions:
     """Random actions in the form that M reads, (N, A) at every call.
 
     brownian: a += N(0, 1) / sqrt(50), kept in range. held: uniform, for 1 to 10 steps.
-    white: uniform, new at every step.
+    mixed: uniform, for 1 to 100 steps, short and long times equally likely (by their logarithm),
+    so that M also sees what comes of going on. white: uniform, new at every step.
     """
 
     def __init__(self, kind: str, code: ActionCode, count: int, seed: int) -> None:
@@ -37,7 +38,7 @@ class RandomActions:
             self.action = np.clip(self.action + drift, self.low, self.high).astype(np.float32)
             return action
         self.hold -= 1
-        over = np.flatnonzero(self.hold <= 0 if self.kind == "held" else self.hold < np.inf)
+        over = np.flatnonzero(self.hold <= 0)
         self.action[over], self.hold[over] = self._uniform(len(over)), self._holds(len(over))
         return action
 
@@ -46,7 +47,9 @@ class RandomActions:
         return (self.low + span * self.random.random((count, len(span)))).astype(np.float32)
 
     def _holds(self, count: int) -> np.ndarray:
-        return self.random.integers(1, 11, count)
+        if self.kind == "mixed":
+            return np.exp(self.random.random(count) * np.log(101)).astype(np.int64)
+        return self.random.integers(1, 11 if self.kind == "held" else 2, count)
 
 
 def collect(run: HaRun, code: ActionCode, key: str) -> None:
