@@ -11,7 +11,7 @@ from fastwm.ops._cases import _weights as make_weights
 # The same examples in every run; a few dozen milliseconds an op.
 FEW = settings(
     max_examples=25, derandomize=True, deadline=None, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 LEAD = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 VIEWS = st.sampled_from(["plain", "skip", "flip", "expand"])
