@@ -9,6 +9,7 @@ import torch
 from fastwm import config, ops
 from fastwm.agents.dreamer import DreamerAgent
 from fastwm.agents.policy import MODES, RecurrentPolicy
+from fastwm.ops.mlp import MAX_LAYERS
 from fastwm.optim import LaProp
 from fastwm.spaces import Space
 
@@ -131,3 +132,12 @@ def test_low_precision_and_references_take_the_layers_themselves():
         assert policy.packed(policy.actor) is None
     with ops.use_backend("reference"):
         assert policy.packed(policy.actor) is None
+
+
+@fused_only
+@pytest.mark.parametrize("part", ["encoder", "actor"])
+def test_deeper_networks_than_the_kernel_takes_act_layer_by_layer(part):
+    settings = config.resolve("dreamerv3", ["debug"], {f"{part}.layers": str(MAX_LAYERS + 1)})[0]
+    policy = DreamerAgent(OBS["vector"], ACT["discrete"], settings).policy
+    found, _ = play(policy, "vector", "greedy", steps=2)
+    assert policy.packed(policy.actor) is None and len(found) == 2

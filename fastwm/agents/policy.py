@@ -74,7 +74,7 @@ class RecurrentPolicy(nn.Module):
 
     def packed(self, actor: Actor) -> PackedStep | None:
         """The step on packed weights, made again when they have changed; None where there is none:
-        other networks than those of 2024, no kernels, a GPU, or low precision."""
+        other networks than those of 2024, too deep ones, no kernels, a GPU, or low precision."""
         parts = (self.encoder, self.rssm, actor)
         first = self.rssm.gru.bias if type(self.rssm) is RSSM else None
         if first is None or first.is_cuda or not ops.available(first, "mlp"):
@@ -85,7 +85,10 @@ class RecurrentPolicy(nn.Module):
         if kept.get("actor") is not actor:
             kept.update(actor=actor, watch=WeightWatch(*parts))
         if kept["watch"].changed():
-            kept["step"] = PackedStep(*parts)
+            step = PackedStep(*parts)
+            # What is larger than the kernels take runs layer by layer.
+            whole = all((step.posterior, step.tokens, step.actor))
+            kept["step"] = step if whole else None
         return kept["step"]
 
     def initial_state(self, num_envs: int) -> dict[str, Tensor]:

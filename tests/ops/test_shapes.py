@@ -29,7 +29,7 @@ def view(x, how):
     return x
 
 
-def agree(name, args, wrt, rtol=2e-5):
+def agree(name, args, wrt, rtol=2e-5, floor=1e-2):
     """Results and gradients of an op against its reference in float64."""
     leaves = [x.detach().requires_grad_(i in wrt) if torch.is_tensor(x) else x
               for i, x in enumerate(args)]  # fmt: skip
@@ -40,7 +40,7 @@ def agree(name, args, wrt, rtol=2e-5):
     results = [r if isinstance(r, tuple) else (r,) for r in results]
     for a, b in zip(*results, strict=True):
         assert a.shape == b.shape
-        near(a, b, rtol)
+        near(a, b, rtol, floor)
     grads = []
     for outs, inputs in zip(results, (leaves, wide), strict=True):
         noise = torch.Generator().manual_seed(0)
@@ -49,13 +49,13 @@ def agree(name, args, wrt, rtol=2e-5):
         grads.append(torch.autograd.grad(total, [inputs[i] for i in wrt], materialize_grads=True))
     for i, a, b in zip(wrt, *grads, strict=True):
         assert a.shape == args[i].shape
-        near(a, b, rtol)
+        near(a, b, rtol, floor)
 
 
-def near(a, b, rtol):
+def near(a, b, rtol, floor=1e-2):
     a, b = a.detach().double(), b.detach().double()
-    # What cancels leaves the last bits of what it was made of, and those may be of size 10.
-    scale = torch.linalg.vector_norm(b).clamp(min=0.1)
+    # What cancels leaves the last bits of what it was made of: `floor` is the size of that.
+    scale = torch.linalg.vector_norm(b).clamp(min=floor)
     assert torch.linalg.vector_norm(a - b) <= rtol * scale
 
 
@@ -101,7 +101,9 @@ def test_latent(lead, groups, classes, unimix, how):
 @FEW
 @given(LEAD, st.integers(1, 70), VIEWS)
 def test_rms_silu(lead, units, how):
-    agree("rms_silu", (view(torch.randn(*lead, units), how), torch.rand(units) + 0.5), (0, 1))
+    # One unit is normalised to its sign: its gradient cancels, and 1 / |x| makes that large.
+    args = view(torch.randn(*lead, units), how), torch.rand(units) + 0.5
+    agree("rms_silu", args, (0, 1), floor=0.1 if units == 1 else 1e-2)
 
 
 @FEW
