@@ -9,6 +9,8 @@ from typing import Literal
 from fastwm.config_common import group, key
 
 STAGES = ("collect", "vae", "latents", "rnn", "ctrl")
+RandomKind = Literal["brownian", "held", "mixed", "white"]
+WHICH = "episodes it learns from, FIRST,AFTER_LAST; 0,0: all"
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,20 @@ class Env:
 
 @dataclass(frozen=True)
 class Collect:
-    episodes: int = key(160, "random episodes in the data folder", 1)
+    episodes: tuple[int, ...] = key((160,), "random episodes, part by part of the data", 1)
     envs: int = key(64, "environments stepped together", 1)
     length: int = key(250, "most decisions of one episode", 1)
     min_length: int = key(0, "shorter episodes are dropped", 0)
-    policy: Literal["brownian", "held", "mixed", "white"] = key(
-        "brownian", "random actions: drifting, held for 1 to 10 or 1 to 100 steps, new every step"
+    policy: tuple[RandomKind, ...] = key(
+        ("brownian",),
+        "random actions, part by part: drifting, held for 1 to 10 or 1 to 100 steps, always new",
     )
 
 
 @dataclass(frozen=True)
 class Vae:
     latent: int = key(32, "size Z of the latent", 1, fixed=True)
+    episodes: tuple[int, int] = key((0, 0), WHICH, 0)
     epochs: int = key(2, "passes over all frames", 1)
     batch_size: int = key(64, "frames per update", 1)
     lr: float = key(1e-3, "learning rate of Adam", 0)
@@ -65,6 +69,7 @@ class Rnn:
     reduce: Literal["mean", "sum"] = key(
         "mean", "likelihood per latent dimension, or summed and divided by the number of losses"
     )
+    episodes: tuple[int, int] = key((0, 0), WHICH, 0)
     epochs: int = key(10, "times `updates`, with an evaluation after each", 1)
     updates: int = key(60, "updates per epoch; 0: one pass over all rows", 0)
     batch_size: int = key(32, "sequences B per update", 1)
@@ -168,6 +173,13 @@ class HaConfig:
         named = self.stage.replace(" ", "").split(",")
         if not set(named) <= {"all", *STAGES}:
             refuse("stage", f"all, or some of {', '.join(STAGES)} with commas")
+        parts = len(self.collect.episodes)
+        if len(self.collect.policy) not in (1, parts):
+            refuse("collect.policy", f"one name, or one for each of collect.episodes ({parts})")
+        for name in ("vae", "rnn"):
+            first, end = getattr(self, name).episodes
+            if first >= end > 0 or first > end:
+                refuse(f"{name}.episodes", "two numbers, the second larger; 0,0 for all")
         count = len(self.ctrl.generations)
         for name in ("samples", "time_limit"):
             if len(getattr(self.ctrl, name)) not in (1, count):

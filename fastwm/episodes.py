@@ -133,12 +133,21 @@ class EpisodeStore:
             "terminal": bool(self.terminal[index]),
         }
 
-    def split(self, num_test_files: int) -> tuple[np.ndarray, np.ndarray]:
+    def split(
+        self, num_test_files: int, which: tuple[int, int] = (0, 0)
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the episodes to learn from, and of the last ones, to test on.
 
-        0 test episodes are fine; where there are not more than that, all are learned from.
+        which: first and one after the last that are meant at all; (0, 0): all. 0 test episodes are
+        fine; where there are not more than that, all are learned from.
         """
-        ids = np.arange(len(self))
+        first, end = which if which[1] else (0, len(self))
+        if end > len(self):
+            raise EpisodeError(
+                f"episodes: expected at least {end} in {self.folder}, because {first} to {end} are "
+                f"to be learned from, got {len(self)}; collect more, or give another range"
+            )
+        ids = np.arange(first, end)
         if num_test_files <= 0 or len(ids) <= num_test_files:
             return ids, ids[:0]
         return ids[:-num_test_files], ids[-num_test_files:]

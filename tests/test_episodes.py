@@ -95,6 +95,10 @@ def test_split_by_episode_and_none_is_legal(store):
     assert len(Frames(store, learned)) == 17 and len(Frames(store, tested)) == 0
     learned, tested = store.split(3)  # not more than that: all are learned from
     assert (len(learned), len(tested)) == (3, 0)
+    learned, tested = store.split(1, (0, 2))
+    assert (learned.tolist(), tested.tolist()) == ([0], [1])
+    with pytest.raises(EpisodeError, match="expected at least 4 .* 2 to 4 .* got 3"):
+        store.split(0, (2, 4))
 
 
 def test_windows_never_cross_episodes(store):

@@ -114,6 +114,38 @@ def test_collecting_goes_on(copy):
     assert len(set(first)) == 5  # not the same tracks again
 
 
+def test_parts_of_the_data_for_v_and_m(trained, tmp_path, capsys):
+    """V and M learn from episodes of their own, random in different ways."""
+    parts = "--collect.episodes 2,2 --collect.policy white,held --num_test_files 0".split()
+    ranges = "--vae.episodes 0,2 --rnn.episodes 2,4 --final.episodes 0".split()
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    assert ha(both, "--generate_only", "--collect.episodes", "1", *parts[2:4]) == 2  # two names
+    assert ha(both, "--stage", "collect,vae,latents,rnn", *parts, *ranges) == 0
+    said = capsys.readouterr().out
+    assert "22 frames of 2 episodes" in said and "windows of 2 episodes" in said
+    store = EpisodeStore(both / "data")
+    still = [(np.diff(store.episode(i)["action"][:-1], axis=0) == 0).all(1).any() for i in range(4)]
+    assert still == [False, False, True, True]
+
+    only = ["--collect.episodes", "2", "--collect.policy", "white", "--num_test_files", "0"]
+    assert ha(alone, "--stage", "collect,vae", *only) == 0
+    same_weights(both / "vae" / "best.tar", alone / "vae" / "best.tar")
+
+    action = np.memmap(both / "data" / "action.bin", np.float32, "r+", shape=(store.rows, 3))
+    action[: store.starts[2]] = 0.5  # what M does not learn from may be anything
+    action.flush()
+    (both / "mdrnn").rename(tmp_path / "before")
+    assert ha(both, "--stage", "rnn", *parts, *ranges) == 0
+    same_weights(both / "mdrnn" / "best.tar", tmp_path / "before" / "best.tar")
+    text = refused(capsys, both, "--stage", "vae", *parts, *ranges[2:], "--vae.episodes", "2,9")
+    assert "expected at least 9" in text and "got 4" in text
+
+
+def same_weights(one, two) -> None:
+    a, b = (checkpoint.load(path)["state_dict"] for path in (one, two))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_the_search_goes_on_exactly(trained, tmp_path):
     """Three generations at once, and one with two more after a stop, end at the same mean."""
     flags = ["--stage", "ctrl", "--final.episodes", "0"]
@@ -280,6 +312,8 @@ def refused(capsys, run, *flags: str) -> str:
         (["--env.rows", "200"], "env.rows: expected at most the 96 rows"),
         (["--ctrl.samples", "1,2,3"], "ctrl.samples: expected one number, or one for each"),
         (["--ctrl.world", "dream"], "rnn.done: expected true"),
+        (["--vae.episodes", "3,2"], "vae.episodes: expected two numbers, the second larger"),
+        (["--collect.policy", "held,white"], "collect.policy: expected one name, or one for each"),
         (["--collect.min_length", "99"], "expected an episode of at least .* 99"),
     ],
 )

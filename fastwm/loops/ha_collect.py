@@ -53,40 +53,44 @@ class RandomActions:
 
 
 def collect(run: HaRun, code: ActionCode, key: str) -> None:
-    """Fill the store up to collect.episodes. A run that was stopped goes on with the next batch."""
+    """Fill the store, part by part. A run that was stopped goes on with the next batch."""
     options = run.config.collect
     store = EpisodeStore.create(run.data_folder, (SIDE, SIDE, 3), code.model)
-    missing = options.episodes - len(store)
-    if missing <= 0:
+    ends = np.cumsum(options.episodes)
+    if len(store) >= ends[-1]:
         run.logger.say(f"collect  {len(store)} episodes are there")
         return
-    while missing > 0 and not run.stopped:
-        seed = seed_of(run.config.seed, SEEDS, len(store))
-        kept = 0
-        for episode in play_random(run, code, key, min(missing, options.envs), seed):
+    while len(store) < ends[-1] and not run.stopped:
+        part = int(np.searchsorted(ends, len(store), side="right"))
+        policy = options.policy[part if len(options.policy) > 1 else 0]
+        count = min(int(ends[part]) - len(store), options.envs)
+        seed, before = seed_of(run.config.seed, SEEDS, len(store)), len(store)
+        for episode in play_random(run, code, key, policy, count, seed):
             if len(episode["image"]) - 1 >= options.min_length:
                 store.append(**episode)
-                kept += 1
-        if not kept:
+        if len(store) == before:
             raise StageError(
                 f"collect: expected an episode of at least collect.min_length = "
-                f"{options.min_length} decisions, got none among {min(missing, options.envs)}; "
-                "lower it"
+                f"{options.min_length} decisions, got none among {count}; lower it"
             )
-        missing -= kept
         reached = float(np.add.reduceat(store.reward, store.starts, dtype=np.float64).mean())
         values = {"episodes": len(store), "rows": store.rows, "return": reached}
         run.log({f"collect/{name}": value for name, value in values.items()})
         run.logger.say(
-            f"collect  {len(store)} of {options.episodes} episodes, {store.rows} rows, "
+            f"collect  {len(store)} of {ends[-1]} episodes ({policy}), {store.rows} rows, "
             f"random return {reached:.4g}"
         )
 
 
-def play_random(run: HaRun, code: ActionCode, key: str, count: int, seed: int) -> list[dict]:
-    """`count` episodes of at most collect.length decisions, as `EpisodeStore.append` takes them."""
+def play_random(
+    run: HaRun, code: ActionCode, key: str, policy: str, count: int, seed: int
+) -> list[dict]:
+    """`count` episodes of at most collect.length decisions, as `EpisodeStore.append` takes them.
+
+    policy: a kind of RandomActions.
+    """
     config, length = run.config, run.config.collect.length
-    random = RandomActions(config.collect.policy, code, count, seed)
+    random = RandomActions(policy, code, count, seed)
     lanes = run.make_lanes([seed_of(seed, i) for i in range(count)])
     image = np.empty((count, length + 1, SIDE, SIDE, 3), np.uint8)
     action = np.zeros((count, length + 1, code.model), np.float32)

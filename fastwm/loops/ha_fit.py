@@ -148,7 +148,7 @@ class Fit:
 def fit_vae(run: HaRun, vae: ConvVAE) -> None:
     """Stage vae."""
     store, options = check_pictures(run.store()), run.config.vae
-    learned, tested = store.split(run.config.num_test_files)
+    learned, tested = store.split(run.config.num_test_files, options.episodes)
     frames, test_frames = Frames(store, learned), Frames(store, tested)
     vae.to(run.device).train()
     fit = Fit(run, "vae", vae, torch.optim.Adam(vae.parameters(), options.lr), options)
@@ -177,7 +177,7 @@ def fit_vae(run: HaRun, vae: ConvVAE) -> None:
     @torch.no_grad()
     def test() -> dict[str, float]:
         draw, means = run.generator(VAE, 10**6), Mean()
-        for part in torch.arange(len(test_frames)).split(options.batch_size):
+        for part in _parts(torch.arange(len(test_frames)), options.batch_size):
             image = vae.pixels(torch.from_numpy(test_frames.batch(part.numpy())).to(run.device))
             loss, parts = _vae_pass(vae, image, draw, options)
             means.add({"loss": loss, **parts})
@@ -185,6 +185,11 @@ def fit_vae(run: HaRun, vae: ConvVAE) -> None:
 
     shown = test_frames if len(test_frames) else frames
     fit.epochs(learn, test, lambda epoch: vae_samples(run, vae, shown, epoch))
+
+
+def _parts(index: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Of nothing none, where `split` gives one empty part, whose mean loss is no number."""
+    return index.split(size) if len(index) else ()
 
 
 def _vae_pass(
@@ -257,7 +262,7 @@ def latents(
 def fit_rnn(run: HaRun, rnn: MDNRNN, vae: ConvVAE) -> None:
     """Stage rnn: V only draws the pictures of the samples."""
     options, store = run.config.rnn, run.store()
-    learned, tested = store.split(run.config.num_test_files)
+    learned, tested = store.split(run.config.num_test_files, options.episodes)
     windows, index = latents(run, learned, options.batch_length, rnn.latent)
     test_windows, _ = latents(run, tested, options.batch_length, rnn.latent)
     _check_actions(store, rnn)
@@ -294,7 +299,7 @@ def fit_rnn(run: HaRun, rnn: MDNRNN, vae: ConvVAE) -> None:
         draw, means = run.generator(RNN, 10**6), Mean()
         count = min(len(test_windows), TEST_WINDOWS)
         picked = torch.linspace(0, max(len(test_windows) - 1, 0), count).long()
-        for part in picked.split(options.batch_size):
+        for part in _parts(picked, options.batch_size):
             loss, parts = _rnn_pass(
                 rnn, options, test_windows.batch(part.numpy()), draw, run.device
             )
