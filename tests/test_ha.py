@@ -234,7 +234,8 @@ def aligned_store(folder, steps: int = 13) -> tuple[EpisodeStore, np.ndarray]:
 
 
 def test_memory_learns_which_action_led_where(tmp_path):
-    """z' = z + a: M must reach the noise floor, which it cannot if rows are off by one."""
+    """z' = z + a: M must come near the noise floor, and the action that it reads must be the one
+    that moves the z it predicts. Rows off by one leave the first prediction without its action."""
     run_folder = tmp_path / "run"
     store, mu = aligned_store(run_folder / "data")
     std = 0.05
@@ -254,10 +255,13 @@ def test_memory_learns_which_action_led_where(tmp_path):
     fit_rnn(run, rnn, ConvVAE(4))
     run.logger.close()
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    # The noise of both z is left: 0.5 log(2 pi e 2 std^2). Without the right action the variance
-    # of a uniform action comes on top, which is 0.87 nats.
+    # The noise of both z is left: 0.5 log(2 pi e 2 std^2).
     floor = 0.5 * np.log(2 * np.pi * np.e * 2 * std**2)
     assert floor - 0.05 < rows[-1]["rnn/test_nll"] < floor + 0.6
+    half = torch.cat([0.5 * torch.eye(3), -0.5 * torch.eye(3)])  # each action forth and back
+    x = rnn.eval().features(torch.zeros(6, 4), half)
+    moved = rnn.predict(rnn.step(x, rnn.initial(6))[0]).mean[..., 0]
+    assert ((moved[:3] - moved[3:])[:, :3] - torch.eye(3)).abs().max() < 0.3
 
 
 def test_early_stopping_counts_and_remembers():
