@@ -18,6 +18,7 @@ import torch
 
 from fastwm import checkpoint, envs, ops
 from fastwm import config as settings
+from fastwm.agents import defaults
 from fastwm.episodes import EpisodeError
 from fastwm.log import Logger
 from fastwm.loops import resume
@@ -239,7 +240,7 @@ def announce(run: OnlineRun) -> None:
     say(
         f"network  {counts['total']:,} parameters ("
         + ", ".join(f"{k} {v:,}" for k, v in counts.items() if k != "total")
-        + f"), precision {agent.precision}"
+        + f"), precision {agent.precision}{defaults.caution(agent.precision, agent.device)}"
     )
     say(run.replay.announce())
     per_step = config.train_ratio / (config.batch_size * config.batch_length)

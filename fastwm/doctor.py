@@ -47,13 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore", RuntimeWarning)
         from fastwm import __version__
         from fastwm.agents import defaults
-        from fastwm.ops import backend_info
+        from fastwm.ops import _products, backend_info
     info = backend_info()
     print(f"fastwm {__version__} in {os.path.dirname(__file__)}")
     print(f"python {platform.python_version()}, {platform.platform()}, {os.cpu_count()} cores")
     print(
         f"torch  {info.pop('torch')}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPUs"
     )
+    info["products"] += f" ({_products.rates()})"
     for key, value in info.items():
         print(f"{key:<21}{value}")
     for name, version in doctor_packages.versions().items():

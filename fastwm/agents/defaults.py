@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastwm.ops import _products
+
 
 class Default(NamedTuple):
     value: str
@@ -15,10 +17,27 @@ class Default(NamedTuple):
 
 def precision(device: torch.device) -> Default:
     if device.type != "cuda":
-        return Default("fp32", "the CPU kernels compute in float32")
+        return Default("fp32", f"the CPU kernels compute in float32; {_low_on_cpu()}")
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return Default("bf16", "this GPU multiplies bfloat16, which needs no loss scale")
     return Default("fp16", "this GPU does not multiply bfloat16; the loss is scaled")
+
+
+def _low_on_cpu() -> str:
+    if not _products.multiplies_low():
+        return "this CPU has no instructions for bfloat16, which takes many times longer"
+    if not _products.low_pays():
+        return "products in bfloat16 were not faster here"
+    return "products in bfloat16 were faster here, so --precision bf16 may pay"
+
+
+def caution(precision: str, device: torch.device) -> str:
+    """What to tell a person who asked for this precision on this device; mostly nothing."""
+    if device.type != "cpu" or precision == "fp32":
+        return ""
+    if precision == "bf16" and _products.multiplies_low():
+        return ""
+    return " (slower than fp32: this CPU has no instructions for it)"
 
 
 def compiled(device: torch.device) -> Default:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from fastwm.ops import _products
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 _kernels: dict[str, frozenset[str]] = {}  # device type -> raw ops that have a kernel there
 _names: frozenset[str] = frozenset()  # all raw ops
@@ -143,11 +145,15 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend_info() -> dict[str, str]:
-    """What is active, as text: torch, CPU and CUDA state, instruction set, how it was built."""
+    """What is active, as text: torch, CPU and CUDA state, instruction set, how it was built.
+
+    `products`: who multiplies float32 matrices on the CPU; timed if nothing has asked for it yet.
+    """
     info = {"torch": torch.__version__, "cpu": _state["cpu"], "cuda": _state["cuda"]}
     if "cpu" in _kernels:
         info["cpu_capability"] = raw.cpu_capability()
         info["build"] = raw.build_info().split(", schemas")[0]
+    info["products"] = _products.describe()
     info["backend"] = "fused" if _fused and _kernels else "reference"
     return info
 

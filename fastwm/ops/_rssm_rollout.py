@@ -4,15 +4,16 @@ A rollout in float32 on the CPU packs the weights once and takes groups of rows 
 while they are in cache (csrc/cpu/rssm.cpp). On CUDA the library's products and the kernels between
 them are one call a step, in float32 or bfloat16 (csrc/rssm_library_step.h). Elsewhere the weights
 are regrouped once: the three branches that all blocks share become one product instead of a
-concatenation per block, and products go to the library in the dtype that autocast asks for
-(bfloat16 pays where the CPU has AMX). A single step reads every weight once anyway, so it takes
-them as they are. Everything but the products is float32.
+concatenation per block, and products go to the library in the dtype that autocast asks for (on a
+CPU only if bfloat16 pays there, see fastwm/ops/_products.py). A single step reads every weight once
+anyway, so it takes them as they are. Everything but the products is float32.
 """
 
 import torch
 from torch import Tensor
 
 from fastwm.ops._backend import available, raw, register_fake
+from fastwm.ops._products import low_pays
 from fastwm.ops._rssm_fused import wants_low
 from fastwm.ops._rssm_sequence import flatten, gru_gates
 from fastwm.ops.latent import latent_sample, straight_through
@@ -103,10 +104,12 @@ class Stepper:
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype | None:
+    """What autocast asks for, but on a CPU only what it multiplies faster than float32."""
     kind = weight.device.type
-    if weight.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
+    if weight.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return None
+    dtype = torch.get_autocast_dtype(kind)
+    return None if kind == "cpu" and not (dtype == torch.bfloat16 and low_pays()) else dtype
 
 
 def sample(logits: Tensor, noise: Tensor | None, unimix: float) -> Tensor:

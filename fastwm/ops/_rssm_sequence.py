@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastwm.ops._backend import wants_grad
+from fastwm.ops._products import times
 from fastwm.ops.latent import latent_sample_ref
 
 EPS = 1e-4
@@ -106,7 +107,7 @@ def activate_backward(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, T
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a b in the dtype of a; autocast decides what the product itself reads."""
-    return (a @ b).to(a.dtype)
+    return times(a, b).to(a.dtype)
 
 
 def hoisted(like: Tensor, low: bool):

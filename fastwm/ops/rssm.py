@@ -371,7 +371,8 @@ def rssm_imagine(
     Equivalent to:
         for i in range(length): deter = gru_step(weights, deter, stoch.flatten(1), action)
         stoch = one_hot(latent_sample(rssm_prior(weights, deter), noise[i])); action = policy(...)
-    Numerics: states are float32. Under autocast the products run in its dtype.
+    Numerics: states are float32. Under autocast the products run in its dtype, on a CPU only in
+        bfloat16 and if that is faster there.
     """
     op = "rssm_imagine"
     check_dim(op, "stoch", stoch, "(N, S, K)", 3)
