@@ -190,9 +190,9 @@ def _algorithm(names: list[str]) -> tuple[str, list[str]]:
 
 
 def _hints(schema: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """(dotted key, (type, dataclass field)) of every setting, in order."""
+    """(dotted key, (type, dataclass field)) of every setting, in order, groups after the others."""
     types = get_type_hints(schema)
-    for item in fields(schema):
+    for item in sorted(fields(schema), key=lambda item: is_dataclass(types[item.name])):
         if is_dataclass(types[item.name]):
             yield from _hints(types[item.name], f"{prefix}{item.name}.")
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -97,3 +98,44 @@ class Log:
 class Checkpoint:
     every: int = key(10_000, "env_steps between latest.pt; 0: only at the end", 0)
     best: bool = key(True, "keep best.pt, the highest mean evaluation return")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every recipe has that learns while its environments step."""
+
+    algorithm: str = key("", "what trains", fixed=True)
+    task: str = key(
+        "cartpole",
+        "cartpole, atari_pong, dmc_walker_walk, envpool:ID, gymnasium:ID, package.module:factory",
+        fixed=True,
+    )
+    logdir: str = key("", "run folder; empty: runs/<algorithm>-<task>-<time>")
+    seed: int = key(0, "of networks, actions, sampling and environments", 0, fixed=True)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "where networks run")
+    deterministic: bool = key(False, "same seed, same machine: same bytes; no times in the log")
+    threads: int = key(0, "CPU threads of PyTorch; 0: PyTorch's choice", 0)
+    offline_traindir: str = key(
+        "", "train on the episodes of this folder alone (task `offline`: without environment)"
+    )
+    from_checkpoint: str = key("", "run folder or checkpoint file whose weights a new run takes")
+    from_checkpoint_regex: str = key("", "of these weights only those whose names it finds")
+    steps: int = key(1_000_000, "env_steps of the whole run", 0)
+    envs: int = key(16, "environments N stepped together", 1, fixed=True)
+    overlap: bool = key(True, "environments step while the learner updates; the run is the same")
+    batch_size: int = key(16, "sequences B per update", 1)
+    batch_length: int = key(64, "rows T per sequence", 1, fixed=True)
+    train_ratio: float = key(32.0, "replayed rows per env_step", 0)
+    env: Env = group(Env)
+    replay: Replay = group(Replay)
+    eval: Eval = group(Eval)
+    log: Log = group(Log)
+    checkpoint: Checkpoint = group(Checkpoint)
+
+    def check(self, refuse: Callable[[str, str], None]) -> None:
+        """Refuse, by key, what the settings cannot be together."""
+        if self.replay.capacity < self.envs * (self.batch_length + 1):
+            refuse(
+                "replay.capacity",
+                f"at least envs * (batch_length + 1) = {self.envs * (self.batch_length + 1)}",
+            )

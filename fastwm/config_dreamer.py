@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fastwm.config_common import Checkpoint, Env, Eval, Expl, Log, Replay, group, key
+from fastwm.config_common import Expl, Training, group, key
 
 
 @dataclass(frozen=True)
@@ -120,18 +120,35 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class DreamerConfig:
+class Imagining(Training):
+    """What both generations of DreamerV3 have."""
+
+    imag_horizon: int = key(15, "imagined steps I", 1)
+    imag_last: int = key(0, "imagine from only the last so many rows; 0: from all", 0)
+    discount_horizon: float = key(333.0, "steps; the discount is 1 - 1 / horizon", 1)
+    lam: float = key(0.95, "lambda of the lambda-return", 0, 1)
+    actent: float = key(3e-4, "weight of the policy's entropy", 0)
+    actor: Actor = group(Actor)
+    retnorm: Retnorm = group(Retnorm)
+    expl: Expl = group(Expl)
+
+    def check(self, refuse: Callable[[str, str], None]) -> None:
+        if self.retnorm.low >= self.retnorm.high:
+            refuse("retnorm.low", f"less than retnorm.high = {self.retnorm.high}")
+        if self.actor.min_std > self.actor.max_std:
+            refuse("actor.min_std", f"at most actor.max_std = {self.actor.max_std}")
+        if self.discount_horizon == 1.0:
+            refuse("discount_horizon", "more than 1 step: the discount would be 0")
+        if self.expl.disag_offset >= self.batch_length:
+            refuse("expl.disag_offset", f"less than batch_length = {self.batch_length}")
+        super().check(refuse)
+
+
+@dataclass(frozen=True)
+class DreamerConfig(Imagining):
     """DreamerV3. The defaults are those of the reference's newest version."""
 
     algorithm: str = key("dreamerv3", "what trains", fixed=True)
-    task: str = key(
-        "cartpole",
-        "cartpole, atari_pong, dmc_walker_walk, envpool:ID, gymnasium:ID, package.module:factory",
-        fixed=True,
-    )
-    logdir: str = key("", "run folder; empty: runs/<algorithm>-<task>-<time>")
-    seed: int = key(0, "of networks, actions, sampling and environments", 0, fixed=True)
-    device: Literal["auto", "cpu", "cuda"] = key("auto", "where networks run")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("auto", "of matrix products")
     compile: Literal["auto", "off", "ops", "full"] = key(
         "auto", "torch.compile: off, of heads and losses (ops), of all before the gradient (full)"
@@ -142,57 +159,25 @@ class DreamerConfig:
     updates_per_launch: int = key(
         1, "updates in one CUDA graph, when so many are due at once; no effect without a graph", 1
     )
-    deterministic: bool = key(False, "same seed, same machine: same bytes; no times in the log")
-    threads: int = key(0, "CPU threads of PyTorch; 0: PyTorch's choice", 0)
     steps: int = key(10_000_000_000, "env_steps of the whole run", 0)
-    envs: int = key(16, "environments N stepped together", 1, fixed=True)
-    overlap: bool = key(True, "environments step while the learner updates; the run is the same")
-    batch_size: int = key(16, "sequences B per update", 1)
-    batch_length: int = key(64, "rows T per sequence", 1, fixed=True)
-    train_ratio: float = key(32.0, "replayed rows per env_step", 0)
-    imag_horizon: int = key(15, "imagined steps I", 1)
-    imag_last: int = key(0, "imagine from only the last so many rows; 0: from all", 0)
-    discount_horizon: float = key(333.0, "steps; the discount is 1 - 1 / horizon", 1)
-    lam: float = key(0.95, "lambda of the lambda-return", 0, 1)
-    actent: float = key(3e-4, "weight of the policy's entropy", 0)
     contdisc: bool = key(True, "the continuation head learns the discount too")
-    offline_traindir: str = key(
-        "", "train on the episodes of this folder alone (task `offline`: without environment)"
-    )
-    from_checkpoint: str = key("", "run folder or checkpoint file whose weights a new run takes")
-    from_checkpoint_regex: str = key("", "of these weights only those whose names it finds")
-    env: Env = group(Env)
-    replay: Replay = group(Replay)
     encoder: Encoder = group(Encoder)
     decoder: Decoder = group(Decoder)
     rssm: RSSM = group(RSSM)
     reward: Reward = group(Reward)
     cont: Cont = group(Cont)
-    actor: Actor = group(Actor)
     critic: Critic = group(Critic)
     loss: Loss = group(Loss)
-    retnorm: Retnorm = group(Retnorm)
     optim: Optim = group(Optim)
-    expl: Expl = group(Expl)
-    eval: Eval = group(Eval)
-    log: Log = group(Log)
-    checkpoint: Checkpoint = group(Checkpoint)
 
     def check(self, refuse: Callable[[str, str], None]) -> None:
-        """Refuse, by key, what the settings cannot be together."""
         if self.rssm.deter % self.rssm.blocks:
             refuse("rssm.deter", f"a multiple of rssm.blocks = {self.rssm.blocks}")
-        if self.retnorm.low >= self.retnorm.high:
-            refuse("retnorm.low", f"less than retnorm.high = {self.retnorm.high}")
-        if self.actor.min_std > self.actor.max_std:
-            refuse("actor.min_std", f"at most actor.max_std = {self.actor.max_std}")
         if self.optim.schedule != "const" and self.optim.anneal <= self.optim.warmup:
             refuse("optim.anneal", f"more than optim.warmup = {self.optim.warmup} updates")
         for name, beta in (("optim.beta1", self.optim.beta1), ("optim.beta2", self.optim.beta2)):
             if beta == 1.0:
                 refuse(name, "less than 1: the moments are divided by 1 - beta^updates")
-        if self.discount_horizon == 1.0:
-            refuse("discount_horizon", "more than 1 step: the discount would be 0")
         if self.batch_length < 2:
             refuse("batch_length", "at least 2 rows: the value loss needs a row after the first")
         if self.imag_last == 1:
@@ -202,10 +187,4 @@ class DreamerConfig:
         if self.decoder.depth * self.decoder.mults[-1] % self.decoder.bspace:
             channels = self.decoder.depth * self.decoder.mults[-1]
             refuse("decoder.bspace", f"a divisor of decoder.depth * decoder.mults[-1] = {channels}")
-        if self.expl.disag_offset >= self.batch_length:
-            refuse("expl.disag_offset", f"less than batch_length = {self.batch_length}")
-        if self.replay.capacity < self.envs * (self.batch_length + 1):
-            refuse(
-                "replay.capacity",
-                f"at least envs * (batch_length + 1) = {self.envs * (self.batch_length + 1)}",
-            )
+        super().check(refuse)

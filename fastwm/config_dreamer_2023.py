@@ -8,7 +8,7 @@ from typing import Literal
 
 from fastwm import config_common as common
 from fastwm import config_dreamer as newer
-from fastwm.config_common import Checkpoint, Env, Eval, Expl, Log, group, key
+from fastwm.config_common import group, key
 
 HEADS = ("decoder", "reward", "cont")
 
@@ -127,41 +127,16 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class DreamerConfig2023:
+class DreamerConfig2023(newer.Imagining):
     """DreamerV3 of 2023. The defaults are those of its small model."""
 
     algorithm: str = key("dreamerv3_2023", "what trains", fixed=True)
-    task: str = key(
-        "cartpole",
-        "cartpole, atari_pong, dmc_walker_walk, envpool:ID, gymnasium:ID, package.module:factory",
-        fixed=True,
-    )
-    logdir: str = key("", "run folder; empty: runs/<algorithm>-<task>-<time>")
-    seed: int = key(0, "of networks, actions, sampling and environments", 0, fixed=True)
-    device: Literal["auto", "cpu", "cuda"] = key("auto", "where networks run")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("fp32", "of matrix products")
-    deterministic: bool = key(False, "same seed, same machine: same bytes; no times in the log")
-    threads: int = key(0, "CPU threads of PyTorch; 0: PyTorch's choice", 0)
-    steps: int = key(1_000_000, "env_steps of the whole run", 0)
     envs: int = key(4, "environments N stepped together", 1, fixed=True)
-    overlap: bool = key(True, "environments step while the learner updates; the run is the same")
-    batch_size: int = key(16, "sequences B per update", 1)
-    batch_length: int = key(64, "rows T per sequence", 1, fixed=True)
     train_ratio: float = key(512.0, "replayed rows per env_step", 0)
-    imag_horizon: int = key(15, "imagined steps I", 1)
-    imag_last: int = key(0, "imagine from only the last so many rows; 0: from all", 0)
-    discount_horizon: float = key(333.0, "steps; the discount is 1 - 1 / horizon", 1)
-    lam: float = key(0.95, "lambda of the lambda-return", 0, 1)
-    actent: float = key(3e-4, "weight of the policy's entropy", 0)
     grad_heads: tuple[str, ...] = key(
         HEADS, "heads whose losses reach the state; the others learn on their own"
     )
-    offline_traindir: str = key(
-        "", "train on the episodes of this folder alone (task `offline`: without environment)"
-    )
-    from_checkpoint: str = key("", "run folder or checkpoint file whose weights a new run takes")
-    from_checkpoint_regex: str = key("", "of these weights only those whose names it finds")
-    env: Env = group(Env)
     replay: Replay = group(Replay)
     encoder: Encoder = group(Encoder)
     decoder: Decoder = group(Decoder)
@@ -171,27 +146,9 @@ class DreamerConfig2023:
     actor: Actor = group(Actor)
     critic: Critic = group(Critic)
     loss: Loss = group(Loss)
-    retnorm: newer.Retnorm = group(newer.Retnorm)
     optim: Optim = group(Optim)
-    expl: Expl = group(Expl)
-    eval: Eval = group(Eval)
-    log: Log = group(Log)
-    checkpoint: Checkpoint = group(Checkpoint)
 
     def check(self, refuse: Callable[[str, str], None]) -> None:
-        """Refuse, by key, what the settings cannot be together."""
         if set(self.grad_heads) - set(HEADS):
             refuse("grad_heads", f"some of {', '.join(HEADS)}")
-        if self.retnorm.low >= self.retnorm.high:
-            refuse("retnorm.low", f"less than retnorm.high = {self.retnorm.high}")
-        if self.actor.min_std > self.actor.max_std:
-            refuse("actor.min_std", f"at most actor.max_std = {self.actor.max_std}")
-        if self.discount_horizon == 1.0:
-            refuse("discount_horizon", "more than 1 step: the discount would be 0")
-        if self.expl.disag_offset >= self.batch_length:
-            refuse("expl.disag_offset", f"less than batch_length = {self.batch_length}")
-        if self.replay.capacity < self.envs * (self.batch_length + 1):
-            refuse(
-                "replay.capacity",
-                f"at least envs * (batch_length + 1) = {self.envs * (self.batch_length + 1)}",
-            )
+        super().check(refuse)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from fastwm.config_common import Checkpoint, Env, Eval, Log, Replay, group, key
+from fastwm.config_common import Training, group, key
 
 
 @dataclass(frozen=True)
@@ -16,24 +16,11 @@ class Component:
 
 
 @dataclass(frozen=True)
-class ModularConfig:
+class ModularConfig(Training):
     """World model, actor and critic from exchangeable components, with an optimizer each."""
 
     algorithm: str = key("modular", "what trains", fixed=True)
-    task: str = key(
-        "cartpole",
-        "cartpole, atari_pong, dmc_walker_walk, envpool:ID, gymnasium:ID, package.module:factory",
-        fixed=True,
-    )
-    logdir: str = key("", "run folder; empty: runs/<algorithm>-<task>-<time>")
-    seed: int = key(0, "of networks, actions, sampling and environments", 0, fixed=True)
-    device: Literal["auto", "cpu", "cuda"] = key("auto", "where networks run")
-    deterministic: bool = key(False, "same seed, same machine: same bytes; no times in the log")
-    threads: int = key(0, "CPU threads of PyTorch; 0: PyTorch's choice", 0)
-    steps: int = key(1_000_000, "env_steps of the whole run", 0)
     envs: int = key(8, "environments N stepped together", 1, fixed=True)
-    overlap: bool = key(True, "environments step while the learner updates; the run is the same")
-    batch_size: int = key(16, "sequences B per update", 1)
     batch_length: int = key(32, "rows T per sequence", 1, fixed=True)
     train_ratio: float = key(64.0, "replayed rows per env_step", 0)
     world_model_lr: float = key(1e-4, "learning rate of the world model, decoder included", 0)
@@ -78,13 +65,6 @@ class ModularConfig:
     critic_real_return_mix: float = key(0.0, "share of one-step targets on replayed rows", 0, 1)
     actor_normalize_returns: bool = key(False, "divide the actor's returns by their deviation")
     openloop_every: int = key(20, "updates between measurements of the open-loop error; 0: none", 0)
-    offline_traindir: str = key(
-        "", "train on the episodes of this folder alone (task `offline`: without environment)"
-    )
-    from_checkpoint: str = key("", "run folder or checkpoint file whose weights a new run takes")
-    from_checkpoint_regex: str = key("", "of these weights only those whose names it finds")
-    env: Env = group(Env)
-    replay: Replay = group(Replay)
     encoder: Component = group(Component)
     representation: Component = group(Component)
     dynamics: Component = group(Component)
@@ -93,22 +73,14 @@ class ModularConfig:
     decoder: Component = group(Component)
     policy: Component = group(Component)
     value: Component = group(Component)
-    eval: Eval = group(Eval)
-    log: Log = group(Log)
-    checkpoint: Checkpoint = group(Checkpoint)
 
     def check(self, refuse: Callable[[str, str], None]) -> None:
-        """Refuse, by key, what the settings cannot be together."""
         if self.batch_length < 2:
             refuse("batch_length", "at least 2 rows: a step needs the row that it leads to")
-        if self.replay.capacity < self.envs * (self.batch_length + 1):
-            refuse(
-                "replay.capacity",
-                f"at least envs * (batch_length + 1) = {self.envs * (self.batch_length + 1)}",
-            )
         if self.decoder.name == "none" and self.representation.name in ("auto", "identity", "gru"):
             refuse(
                 "decoder.name",
                 "a decoder, or a representation with a loss of its own: without either "
                 "the states collapse to a constant",
             )
+        super().check(refuse)
