@@ -98,9 +98,12 @@ def test_learning_goes_on_exactly(trained, tmp_path, stage, folder):
         run = shutil.copytree(trained, tmp_path / name)
         shutil.rmtree(run / folder)
         for epochs in parts:
-            assert ha(run, "--stage", stage, f"--{stage}.epochs", epochs) == 0
+            flags = [f"--{stage}.epochs", epochs, f"--{stage}.lr_decay", "0.9"]
+            assert ha(run, "--stage", stage, *flags) == 0
         found.append(checkpoint.load(run / folder / "checkpoint.tar"))
     one, two = found
+    rates = [stored["optimizer"]["param_groups"][0]["lr"] for stored in found]
+    assert rates[0] == rates[1] == pytest.approx(1e-3 * 0.9 ** {"vae": 6, "rnn": 4}[stage])
     assert one["epoch"] == two["epoch"] == 2 and one["precision"] == two["precision"]
     assert all(torch.equal(one["state_dict"][k], two["state_dict"][k]) for k in one["state_dict"])
 
