@@ -42,7 +42,7 @@ def random_lengths(config, kind: str, count: int) -> list[int]:
         lanes.reset()
         live, lengths = np.arange(len(part)), np.zeros(len(part), int)
         while len(live):
-            lanes.send(code.to_env(random()[live], lanes.act_space), live)
+            lanes.send(code.to_env(random.step()[live], lanes.act_space), live)
             rows = lanes.receive()
             lengths[live] += 1
             live = live[~rows["is_last"]]

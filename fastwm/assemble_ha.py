@@ -18,7 +18,7 @@ from fastwm.log import Logger
 from fastwm.loops import ha
 from fastwm.loops.evaluate import seed_of
 from fastwm.loops.ha_collect import collect
-from fastwm.loops.ha_ctrl import CtrlStage, test
+from fastwm.loops.ha_ctrl import CtrlStage, load_best, test
 from fastwm.loops.ha_fit import encode, fit_rnn, fit_vae
 from fastwm.loops.ha_run import FOLDERS, HaRun, StageError
 from fastwm.loops.ha_world import RealWorld
@@ -103,26 +103,42 @@ def _progress(folder: Path) -> dict[str, Any]:
     return max(found, key=lambda progress: progress["logger"]["bytes"], default={})
 
 
-def stages(run: HaRun) -> dict[str, Callable[[], Any]]:
+def stages(run: HaRun) -> list[ha.Stage]:
     """What this call is to do, in order. Models are made where they are needed."""
     config = run.config
     code = ActionCode.of(config.ctrl.action, run.act_space)
     key = image_key(run.obs_space)
     vae, rnn = _fresh(run, 0, make_vae, config), _fresh(run, 1, make_rnn, config, code)
     work: dict[str, Callable[[], Any]] = {
-        "collect": lambda: collect(run, code, key),
+        "collect": lambda: collect(run, code, key, lambda: _best(run, code, key)),
         "vae": lambda: fit_vae(run, vae),
         "latents": lambda: encode(run, vae),
         "rnn": lambda: fit_rnn(run, rnn, vae),
         "ctrl": lambda: _ctrl(run, code, key),
     }
-    chosen = {name: work[name] for name in config.stages()}
-    if config.test or "ctrl" in chosen:
+    named = config.stages()
+    chosen = [(which, name, work[name]) for which, name in _rounds(run, named)]
+    if config.test or "ctrl" in named:
         if config.final.episodes:
-            chosen["test"] = lambda: _test(run, code, key)
+            chosen.append((chosen[-1][0] if chosen else 0, "test", lambda: _test(run, code, key)))
         elif config.test:
             raise StageError("final.episodes: expected at least 1 with --test, got 0")
     return chosen
+
+
+def _rounds(run: HaRun, named: Sequence[str]) -> list[tuple[int, str]]:
+    """(round, stage). Stages without the others go on in the round that the run has come to."""
+    if {"collect", "rnn", "ctrl"} <= set(named):
+        rounds = range(run.config.rounds)
+        return [(r, name) for r in rounds for name in named if not r or name != "vae"]
+    stored = [run.saved(stage) or {} for stage in ("rnn", "ctrl")]
+    return [(max(parts.get("round", 0) for parts in stored), name) for name in named]
+
+
+def _best(run: HaRun, code: ActionCode, key: str) -> HaPolicy:
+    policy = load_policy(run, code, key)
+    load_best(run, policy)
+    return policy
 
 
 def _fresh(run: HaRun, which: int, make: Callable[..., Any], *args: Any) -> Any:

@@ -10,7 +10,7 @@ from fastwm.config_common import group, key
 
 STAGES = ("collect", "vae", "latents", "rnn", "ctrl")
 RandomKind = Literal["brownian", "held", "mixed", "white"]
-WHICH = "episodes it learns from, FIRST,AFTER_LAST; 0,0: all"
+WHICH = "episodes it learns from, FIRST,AFTER_LAST; AFTER_LAST 0: to the end"
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Env:
 @dataclass(frozen=True)
 class Collect:
     episodes: tuple[int, ...] = key((160,), "random episodes, part by part of the data", 1)
+    again: int = key(64, "episodes of the controller before every later round", 1)
     envs: int = key(64, "environments stepped together", 1)
     length: int = key(250, "most decisions of one episode", 1)
     min_length: int = key(0, "shorter episodes are dropped", 0)
@@ -73,6 +74,7 @@ class Rnn:
     )
     episodes: tuple[int, int] = key((0, 0), WHICH, 0)
     epochs: int = key(10, "times `updates`, with an evaluation after each", 1)
+    again: int = key(10, "epochs of every later round", 1)
     updates: int = key(60, "updates per epoch; 0: one pass over all rows", 0)
     batch_size: int = key(32, "sequences B per update", 1)
     batch_length: int = key(64, "rows T per sequence", 1)
@@ -146,6 +148,9 @@ class HaConfig:
     data_dir: str = key("", "folder of the episodes; empty: data/ in the run folder")
     num_test_files: int = key(8, "episodes at the end of the data that V and M do not learn", 0)
     stage: str = key("all", f"all, or some of {','.join(STAGES)}")
+    rounds: int = key(
+        1, "times through the stages but vae; from the second on the controller collects", 1
+    )
     generate_only: bool = key(False, "only collect episodes")
     test: bool = key(False, "only play the test episodes with the best controller")
     seed: int = key(0, "of networks, sampling, search and environments", 0, fixed=True)
@@ -180,8 +185,8 @@ class HaConfig:
             refuse("collect.policy", f"one name, or one for each of collect.episodes ({parts})")
         for name in ("vae", "rnn"):
             first, end = getattr(self, name).episodes
-            if first >= end > 0 or first > end:
-                refuse(f"{name}.episodes", "two numbers, the second larger; 0,0 for all")
+            if first >= end > 0:
+                refuse(f"{name}.episodes", "two numbers, the second larger, or 0 for the end")
         count = len(self.ctrl.generations)
         for name in ("samples", "time_limit"):
             if len(getattr(self.ctrl, name)) not in (1, count):

@@ -138,14 +138,15 @@ class EpisodeStore:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the episodes to learn from, and of the last ones, to test on.
 
-        which: first and one after the last that are meant at all; (0, 0): all. 0 test episodes are
-        fine; where there are not more than that, all are learned from.
+        which: first and one after the last that are meant at all; a last of 0: to the end. 0 test
+        episodes are fine; where there are not more than that, all are learned from.
         """
-        first, end = which if which[1] else (0, len(self))
-        if end > len(self):
+        first, end = which[0], which[1] or len(self)
+        if end > len(self) or first >= end:
             raise EpisodeError(
-                f"episodes: expected at least {end} in {self.folder}, because {first} to {end} are "
-                f"to be learned from, got {len(self)}; collect more, or give another range"
+                f"episodes: expected at least {max(end, first + 1)} in {self.folder}, because "
+                f"{first} to {end} are to be learned from, got {len(self)}; collect more, or give "
+                "another range"
             )
         ids = np.arange(first, end)
         if num_test_files <= 0 or len(ids) <= num_test_files:

@@ -12,7 +12,7 @@ from fastwm import assemble, assemble_ha, checkpoint, load_policy, train
 from fastwm import config as settings
 from fastwm import eval as evaluation
 from fastwm.episodes import EpisodeStore
-from fastwm.loops.ha_collect import RandomActions
+from fastwm.loops.ha_collect import PolicyActions, RandomActions
 from fastwm.loops.ha_fit import EarlyStopping, fit_rnn
 from fastwm.loops.ha_search import Search
 from fastwm.spaces import Space
@@ -142,6 +142,51 @@ def test_parts_of_the_data_for_v_and_m(trained, tmp_path, capsys):
     same_weights(both / "mdrnn" / "best.tar", tmp_path / "before" / "best.tar")
     text = refused(capsys, both, "--stage", "vae", *parts, *ranges[2:], "--vae.episodes", "2,9")
     assert "expected at least 9" in text and "got 4" in text
+
+
+def test_later_rounds_learn_from_what_the_controller_does(trained, tmp_path, capsys):
+    """Two rounds at once, and one with another after it: the same data, M and C."""
+    flags = "--collect.again 2 --rnn.again 2".split()
+    one, two = tmp_path / "one", shutil.copytree(trained, tmp_path / "two")
+    assert ha(one, *flags, "--rounds", "2") == 0
+    said = capsys.readouterr().out
+    assert said.count("round    2 of 2") == 1 and said.count("test     ") == 1
+    assert "5 of 5 episodes, 55 rows; controller" in said and "rnn      epoch 2 of 2" in said
+    assert "latents  33 rows" in said and "latents  22 rows" in said  # the first are not done again
+    assert ha(two, *flags, "--rounds", "2") == 0
+    for name in ("vae", "mdrnn", "ctrl"):
+        same_weights(one / name / "best.tar", two / name / "best.tar")
+    for name in ("data/action.bin", "latents/mu.npy", "test.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    first, last = (checkpoint.load(run / "mdrnn" / "checkpoint.tar") for run in (trained, one))
+    assert (first["round"], first["epoch"], last["round"], last["epoch"]) == (0, 1, 1, 2)
+    assert checkpoint.load(one / "ctrl" / "checkpoint.tar")["round"] == 1
+
+    before = contents(one)  # a round that is over does not begin again, nor does a stage alone
+    assert ha(one, *flags, "--rounds", "2") == ha(one, *flags, "--stage", "rnn,ctrl") == 0
+    weights = [p for p in before if p.suffix == ".tar"]
+    assert weights and all(p.read_bytes() == before[p] for p in weights)
+
+
+def test_the_controller_keeps_a_state_for_every_lane():
+    class Counts:
+        """A policy whose action is how many steps its lane has made since the beginning."""
+
+        key, params = "image", torch.zeros(1)
+
+        def initial_state(self, count):
+            return {"steps": torch.full((count,), 7.0), "action": torch.zeros(count, 1)}
+
+        def step(self, obs, state, is_first, mode, generator):
+            assert len(obs["image"]) == len(is_first)
+            steps = torch.where(is_first, 0.0, state["steps"] + 1)
+            return None, {"steps": steps, "action": steps[:, None]}
+
+    act = PolicyActions(Counts(), 3, seed=0)
+    image = np.zeros((3, 2, 2, 3), np.uint8)
+    assert act(image, np.array([0, 1, 2])).tolist() == [[0], [0], [0]]
+    assert act(image[:2], np.array([0, 2])).tolist() == [[1], [1]]
+    assert act(image[:2], np.array([1, 2])).tolist() == [[1], [2]]
 
 
 def same_weights(one, two) -> None:
@@ -287,7 +332,7 @@ def test_early_stopping_and_plateaus_end_the_stage(tmp_path, capsys):
 @pytest.mark.parametrize("kind", ["brownian", "held", "mixed", "white"])
 def test_random_policies_stay_in_range_and_move(kind):
     random = RandomActions(kind, ActionCode.of("car"), 8, seed=1)
-    found = np.stack([random() for _ in range(200)])
+    found = np.stack([random.step() for _ in range(200)])
     assert found[..., 0].min() < -0.3 and found[..., 1:].min() >= 0 and found.max() <= 1
     change = np.abs(np.diff(found, axis=0)).max(-1)
     same = (change == 0).mean()

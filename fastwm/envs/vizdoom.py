@@ -1,7 +1,8 @@
 """ViZDoom inside envpool: a folder for the files that Doom writes, and the TakeCover game.
 
 Doom writes `_vizdoom.ini` and `_vizdoom/` into the folder that it is started in, which would be
-the user's. So envpool is given a two-line script in a temporary folder that changes there first.
+the user's. So envpool is given a two-line script in a temporary folder, which starts each Doom in a
+folder of its own there: two that create the same `_vizdoom/` at the same time end in a crash.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def sandboxed(env_id: str) -> tuple[dict[str, Any], tempfile.TemporaryDirectory 
     folder = tempfile.TemporaryDirectory(prefix="fastwm-doom-", ignore_cleanup_errors=True)
     script = Path(folder.name) / "vizdoom"
     here, doom = shlex.quote(folder.name), shlex.quote(defaults["vzd_path"])
-    script.write_text(f'#!/bin/sh\ncd {here} && exec {doom} "$@"\n')
+    own = f"{here}/$$"  # the process's number
+    script.write_text(f'#!/bin/sh\nmkdir -p {own} && cd {own} && exec {doom} "$@"\n')
     script.chmod(0o700)
     return {"vzd_path": str(script)}, folder
 

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastwm.loops.ha_run import HaRun
 from fastwm.loops.signals import stop_signals
 
 DONE = 0  # a signal n gives 128 + n
+Stage = tuple[int, str, Callable[[], Any]]  # (round, name, what does what is missing of it)
 
 
-def train(run: HaRun, stages: dict[str, Callable[[], Any]]) -> int:
-    """Run stages one after the other.
-
-    stages: name -> a function that does what is missing of it, in their order.
-    Returns the exit code: 0, or 128 + the signal's number.
-    """
+def train(run: HaRun, stages: Sequence[Stage]) -> int:
+    """Run stages one after the other. Returns the exit code: 0, or 128 + the signal's number."""
     with stop_signals() as stopped:
         run.stopped = stopped
-        for name, work in stages.items():
+        for number, name, work in stages:
+            if number > run.round:
+                run.logger.say(f"round    {number + 1} of {run.config.rounds}")
+            run.round = number
             work()
             run.note_progress()
             if stopped:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from fastwm.agents.ha import HaPolicy
 from fastwm.episodes import EpisodeStore
 from fastwm.loops.evaluate import seed_of
 from fastwm.loops.ha_run import HaRun, StageError
@@ -16,8 +18,13 @@ from fastwm.worldmodels.ha_controller import ActionCode
 SEEDS = 10  # branch of the run's seed
 
 
+# pictures (n, H, W, 3) of the lanes that still run, and their numbers (n,) -> actions (n, A)
+Act = Callable[[np.ndarray, np.ndarray], np.ndarray]
+LoadPolicy = Callable[[], HaPolicy]
+
+
 class RandomActions:
-    """Random actions in the form that M reads, (N, A) at every call.
+    """Random actions of N lanes in the form that M reads, whatever the pictures show.
 
     brownian: a += N(0, 1) / sqrt(50), kept in range. held: uniform, for 1 to 10 steps.
     mixed: uniform, for 1 to 100 steps, short and long times equally likely (by their logarithm),
@@ -31,7 +38,10 @@ class RandomActions:
         self.action = self._uniform(count)
         self.hold = self._holds(count)
 
-    def __call__(self) -> np.ndarray:
+    def __call__(self, image: np.ndarray, live: np.ndarray) -> np.ndarray:
+        return self.step()[live]
+
+    def step(self) -> np.ndarray:  # (N, A)
         action = self.action.copy()
         if self.kind == "brownian":
             drift = self.random.standard_normal(self.action.shape) / np.sqrt(50)
@@ -52,45 +62,71 @@ class RandomActions:
         return self.random.integers(1, 11 if self.kind == "held" else 2, count)
 
 
-def collect(run: HaRun, code: ActionCode, key: str) -> None:
-    """Fill the store, part by part. A run that was stopped goes on with the next batch."""
+class PolicyActions:
+    """What V, M and C do, z drawn anew at every step, in the form that M reads."""
+
+    def __init__(self, policy: HaPolicy, count: int, seed: int) -> None:
+        self.policy, self.state = policy, policy.initial_state(count)
+        device = policy.params.device
+        self.first = torch.ones(count, dtype=torch.bool, device=device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    @torch.inference_mode()
+    def __call__(self, image: np.ndarray, live: np.ndarray) -> np.ndarray:
+        lanes = torch.from_numpy(live).to(self.first.device)
+        state = {name: value[lanes] for name, value in self.state.items()}
+        obs = {self.policy.key: torch.from_numpy(image).to(lanes.device)}
+        _, state = self.policy.step(obs, state, self.first[lanes], "sample", self.generator)
+        for name, value in state.items():
+            self.state[name][lanes] = value
+        self.first[:] = False
+        return state["action"].cpu().numpy()
+
+
+def collect(run: HaRun, code: ActionCode, key: str, load_policy: LoadPolicy) -> None:
+    """Fill the store, part by part: chance first, in later rounds the controller of the one before.
+
+    load_policy: loads V, M and the best C. A run that was stopped goes on with the next batch.
+    """
     options = run.config.collect
     store = EpisodeStore.create(run.data_folder, (SIDE, SIDE, 3), code.model)
-    ends = np.cumsum(options.episodes)
+    ends = np.cumsum([*options.episodes, *[options.again] * run.round])
     if len(store) >= ends[-1]:
         run.logger.say(f"collect  {len(store)} episodes are there")
         return
+    policy = load_policy() if run.round else None
     while len(store) < ends[-1] and not run.stopped:
         part = int(np.searchsorted(ends, len(store), side="right"))
-        policy = options.policy[part if len(options.policy) > 1 else 0]
         count = min(int(ends[part]) - len(store), options.envs)
-        seed, before = seed_of(run.config.seed, SEEDS, len(store)), len(store)
-        for episode in play_random(run, code, key, policy, count, seed):
-            if len(episode["image"]) - 1 >= options.min_length:
-                store.append(**episode)
-        if len(store) == before:
+        seed = seed_of(run.config.seed, SEEDS, len(store))
+        if part < len(options.episodes):
+            name = options.policy[part if len(options.policy) > 1 else 0]
+            act: Act = RandomActions(name, code, count, seed)
+        else:
+            name, act = "controller", PolicyActions(policy, count, seed)
+        found = play(run, code, key, act, count, seed)
+        kept = [episode for episode in found if len(episode["image"]) > options.min_length]
+        if not kept:
             raise StageError(
                 f"collect: expected an episode of at least collect.min_length = "
                 f"{options.min_length} decisions, got none among {count}; lower it"
             )
-        reached = float(np.add.reduceat(store.reward, store.starts, dtype=np.float64).mean())
+        for episode in kept:
+            store.append(**episode)
+        reached = float(np.mean([episode["reward"].sum() for episode in kept]))
         values = {"episodes": len(store), "rows": store.rows, "return": reached}
         run.log({f"collect/{name}": value for name, value in values.items()})
         run.logger.say(
-            f"collect  {len(store)} of {ends[-1]} episodes ({policy}), {store.rows} rows, "
-            f"random return {reached:.4g}"
+            f"collect  {len(store)} of {ends[-1]} episodes, {store.rows} rows; {name}: return "
+            f"{reached:.4g}"
         )
 
 
-def play_random(
-    run: HaRun, code: ActionCode, key: str, policy: str, count: int, seed: int
-) -> list[dict]:
-    """`count` episodes of at most collect.length decisions, as `EpisodeStore.append` takes them.
-
-    policy: a kind of RandomActions.
-    """
+def play(
+    run: HaRun, code: ActionCode, key: str, act: Act, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """`count` episodes of at most collect.length decisions, as `EpisodeStore.append` takes them."""
     config, length = run.config, run.config.collect.length
-    random = RandomActions(policy, code, count, seed)
     lanes = run.make_lanes([seed_of(seed, i) for i in range(count)])
     image = np.empty((count, length + 1, SIDE, SIDE, 3), np.uint8)
     action = np.zeros((count, length + 1, code.model), np.float32)
@@ -107,7 +143,7 @@ def play_random(
             live = live[~done]
             if t == length or not len(live):
                 break
-            action[live, t] = random()[live]
+            action[live, t] = act(rows[key][~done], live)
             lanes.send(code.to_env(action[live, t], run.act_space), live)
             rows = lanes.receive()
             run.env_steps += len(live)

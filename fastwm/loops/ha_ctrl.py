@@ -46,17 +46,20 @@ class CtrlStage:
     ) -> None:
         self.run, self.policy, self.make_worlds, self.settings = run, policy, make_worlds, settings
         self.options, self.controller = run.config.ctrl, policy.controller
-        self.generation, self.best, self.solved, self.mean = 0, -np.inf, False, mean
+        self.generation, self.best, self.mean = 0, -np.inf, mean
         self.ends = np.cumsum(self.options.generations)
         stored = run.saved("ctrl")
-        if stored is None:
+        self.over = stored is not None and stored.get("round", 0) > run.round
+        if stored is None or stored.get("round", 0) < run.round:  # another M, another dream
             self.search = self._new_search()
         else:
             self._resume(stored)
 
+    def _seed(self, *branch: int) -> int:
+        return seed_of(self.run.config.seed, *branch, *([self.run.round] if self.run.round else []))
+
     def _new_search(self) -> Search:
-        options = self.options
-        seed = seed_of(self.run.config.seed, SEARCH)
+        options, seed = self.options, self._seed(SEARCH)
         diagonal = options.cma == "diagonal"
         return Search(self.controller.size, options.pop, options.sigma, seed, diagonal=diagonal)
 
@@ -82,14 +85,14 @@ class CtrlStage:
     def train(self) -> None:
         """Until the last phase's last generation, ctrl.target, or a signal."""
         say = self.run.logger.say
-        if self.generation >= self.total:
+        if self.over or self.generation >= self.total:
             say(f"ctrl     done at generation {self.generation}; raise --ctrl.generations to go on")
         else:
             say(
                 f"ctrl     {self.controller.size} parameters, {self.options.pop} candidates per "
                 f"generation in the {self.options.world} world"
             )
-        while self.generation < self.total and not self.run.stopped and not self.solved:
+        while not (self.over or self.run.stopped or self.generation >= self.total):
             self._generation()
 
     def _generation(self) -> None:
@@ -97,8 +100,7 @@ class CtrlStage:
         phase = int(np.searchsorted(self.ends, self.generation, side="right"))
         # One number stands for all phases.
         samples, limit = (x[min(phase, len(x) - 1)] for x in (options.samples, options.time_limit))
-        branch = (run.config.seed, TRAIN, self.generation)
-        seeds = [seed_of(*branch, i) for i in range(samples)]
+        seeds = [self._seed(TRAIN, self.generation, i) for i in range(samples)]
         asked = self.search.ask()
         params = self._params(asked).to(run.device)
         returns, lengths = self._play(params, seeds, limit, options.patience)
@@ -151,12 +153,13 @@ class CtrlStage:
             self.policy.params.copy_(mean)
             self.run.save("ctrl", self._parts(mean, reached), "best")
             self._export()
-        self.solved = options.target is not None and reached >= options.target
+        self.over = options.target is not None and reached >= options.target
         return {"ctrl/holdout": reached, "ctrl/holdout_best": self.best}
 
     def _parts(self, params: Tensor, reward: float) -> dict[str, Any]:
         return {
             "epoch": self.generation,
+            "round": self.run.round,
             "reward": reward,
             "state_dict": self.controller.state_dict(params.cpu()),
         }

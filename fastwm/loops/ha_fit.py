@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fastwm.worldmodels.ha import (
 )
 
 VAE, RNN = 11, 12  # branches of the run's seed
+NAMES = ("mu", "logvar")  # of the arrays in latents/
 ENCODE = 128  # pictures encoded at once
 TEST_WINDOWS = 512  # most sequences that an evaluation of M looks at
 
@@ -74,7 +76,8 @@ class Fit:
             optimizer, factor=options.scheduler_factor, patience=options.scheduler_patience
         )
         self.stopping = EarlyStopping(options.early_stopping_patience)
-        self.epoch = 0
+        self.round = 0 if stage == "vae" else run.round  # V learns in the first round alone
+        self.epoch, self.total = 0, options.again if self.round else options.epochs
         stored = run.saved(stage)
         if stored is not None:
             self._resume(stored)
@@ -88,6 +91,11 @@ class Fit:
                     f"{self.run.path(self.stage).parent} away, or give another --logdir"
                 )
         load_weights(self.model, stored["state_dict"], self.run.path(self.stage))
+        before = stored.get("round", 0)
+        if before < self.round:  # other data: only the weights go on
+            return
+        if before > self.round:
+            self.total = 0
         self.optimizer.load_state_dict(stored["optimizer"])
         self.scheduler.load_state_dict(stored["scheduler"])
         self.stopping.load_state_dict(stored["earlystopping"])
@@ -99,11 +107,11 @@ class Fit:
         test: Callable[[], dict[str, float]],
         show: Callable[[int], None],
     ) -> None:
-        """Until options.epochs, early stopping or a signal. learn, test: return losses."""
+        """Until `total`, early stopping or a signal. learn, test: return losses."""
         say, name = self.run.logger.say, f"{self.stage:8}"
-        if self.epoch >= self.options.epochs or self.stopping.over:
+        if self.epoch >= self.total or self.stopping.over:
             say(f"{name} done at epoch {self.epoch}; raise --{self.stage}.epochs to go on")
-        while self.epoch < self.options.epochs and not self.stopping.over:
+        while self.epoch < self.total and not self.stopping.over:
             began = time.monotonic()
             losses = learn(self.epoch)
             if self.run.stopped:  # the epoch is repeated from its beginning
@@ -122,16 +130,17 @@ class Fit:
             seconds = time.monotonic() - began
             self.run.log({f"{self.stage}/{k}": v for k, v in losses.items()})
             self._save(losses[key], better)
-            left = (self.options.epochs - self.epoch) * seconds
+            left = (self.total - self.epoch) * seconds
             text = ", ".join(f"{k} {v:.4g}" for k, v in losses.items())
-            say(f"{name} epoch {self.epoch} of {self.options.epochs}: {text} ({left:.0f} s left)")
+            say(f"{name} epoch {self.epoch} of {self.total}: {text} ({left:.0f} s left)")
             every = self.options.sample_interval
-            if every and (self.epoch % every == 0 or self.epoch == self.options.epochs):
+            if every and (self.epoch % every == 0 or self.epoch == self.total):
                 show(self.epoch)
 
     def _save(self, loss: float, better: bool) -> None:
         parts = {
             "epoch": self.epoch,
+            "round": self.round,
             "state_dict": self.model.state_dict(),
             "precision": loss,
             "optimizer": self.optimizer.state_dict(),
@@ -222,28 +231,48 @@ def check_pictures(store: EpisodeStore) -> EpisodeStore:
 
 @torch.inference_mode()
 def encode(run: HaRun, vae: ConvVAE) -> None:
-    """Stage latents: mean and log-variance of every row, float16. Done again only when needed."""
+    """Stage latents: mean and log-variance of every row, float16. Only what is not there yet."""
     mark, store = run.load_model("vae", vae), run.store()
     folder = run.folder / "latents"
     index = {"vae": mark, "rows": store.rows, "latent": vae.latent}
-    if _read_index(folder) == index:
+    index["actions"] = _actions(store, store.rows)
+    found = np.empty((2, store.rows, vae.latent), np.float16)
+    there = _known(folder, index, store, found)
+    if there == store.rows:
         run.logger.say(f"latents  of {store.rows} rows are there")
         return
     check_pictures(store)
-    began, found = time.monotonic(), np.empty((2, store.rows, vae.latent), np.float16)
+    began = time.monotonic()
     size = ENCODE if run.device.type == "cpu" else 4096
-    for start in range(0, store.rows, size):
+    for start in range(there, store.rows, size):
         if run.stopped:
             return
         part = torch.from_numpy(np.array(store.image[start : start + size]))
         both = torch.stack(vae.encode(part.to(run.device)))
         found[:, start : start + size] = both.clamp(-6e4, 6e4).cpu().half().numpy()
     (folder / "index.json").unlink(missing_ok=True)
-    for name, array in zip(("mu", "logvar"), found, strict=True):
+    for name, array in zip(NAMES, found, strict=True):
         with checkpoint.atomic_file(folder / f"{name}.npy") as file:
             np.save(file, array)
     checkpoint.write_text(folder / "index.json", json.dumps(index))
-    run.logger.say(f"latents  {store.rows} rows in {time.monotonic() - began:.0f} s")
+    run.logger.say(f"latents  {store.rows - there} rows in {time.monotonic() - began:.0f} s")
+
+
+def _actions(store: EpisodeStore, rows: int) -> int:
+    """What tells these rows from those of other episodes."""
+    return zlib.crc32(np.ascontiguousarray(store.action[:rows]).tobytes())
+
+
+def _known(folder: Path, wanted: dict[str, int], store: EpisodeStore, found: np.ndarray) -> int:
+    """Fill `found` with the latents that this V made of the first rows; how many those are."""
+    index = _read_index(folder) or {"rows": 0}
+    rows = index["rows"]
+    same = all(index.get(key) == wanted[key] for key in ("vae", "latent"))
+    if not same or rows > store.rows or index.get("actions") != _actions(store, rows):
+        return 0
+    for name, array in zip(NAMES, found, strict=True):
+        array[:rows] = np.load(folder / f"{name}.npy", mmap_mode="r")
+    return rows
 
 
 def _read_index(folder: Path) -> dict[str, int] | None:
@@ -263,7 +292,7 @@ def latents(
             f"rnn: expected latents of {store.rows} rows of size {latent} in {folder}, got {got}; "
             "run --stage latents first"
         )
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("mu", "logvar")]
+    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in NAMES]
     return Latents(store, episodes, length, *arrays), index
 
 

@@ -36,7 +36,7 @@ class HaRun:
     Args: config: fastwm.config_ha. folder: of the run. device: of the networks. logger: see
           fastwm.log. spaces: (obs_space, act_space) of the task. make_lanes: seeds -> Lanes.
           counters: env_steps and updates so far.
-    `stopped` is filled by a signal; stages end at their next checkpoint.
+    `stopped` is filled by a signal; stages end at their next checkpoint. `round` counts from 0.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class HaRun:
         self.obs_space, self.act_space = spaces
         self.env_steps, self.updates = counters["env_steps"], counters["updates"]
         self.stopped: list[int] = []
+        self.round = 0
         self.began = time.monotonic()
 
     @property

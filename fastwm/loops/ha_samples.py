@@ -46,6 +46,7 @@ def dream_samples(
     run: Any, vae: ConvVAE, rnn: MDNRNN, episodes: np.ndarray, epoch: int, warm: int = 20
 ) -> None:
     """samples/dream-<epoch>.gif and .png: an episode above M's dream of it, under its actions.
+    In later rounds dream-<round>-<epoch>.
 
     M sees the first `warm` pictures, after that only the actions.
     """
@@ -72,7 +73,8 @@ def dream_samples(
         z = sample_next(rnn.predict(h), rnn.mixture, pick, noise, temperature)
     truth, dream = image.cpu().numpy(), to_bytes(vae.decode(torch.cat(shown)))
     frames = np.stack([grid([a[None], b[None]], 3) for a, b in zip(truth, dream, strict=True)])
-    path = run.film(f"dream-{epoch:04d}", frames)
+    name = f"dream-{run.round + 1}-{epoch:04d}" if run.round else f"dream-{epoch:04d}"
+    path = run.film(name, frames)
     picked = np.linspace(0, count - 1, 10).astype(np.int64)
-    run.picture(f"dream-{epoch:04d}", grid([truth[picked], dream[picked]]))
+    run.picture(name, grid([truth[picked], dream[picked]]))
     run.logger.say(f"look     {path}: an episode, and the dream of it after {warm} steps")
