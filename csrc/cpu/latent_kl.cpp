@@ -1,6 +1,7 @@
-// kl_balance for groups of up to kTileClasses classes: sixteen groups at a time are turned round, so
-// that every class is a vector over groups. One group by itself is a chain of a maximum, exponentials, a
-// sum and logarithms that wait for each other; sixteen side by side keep the units busy.
+// kl_balance for groups of up to kTileClasses classes: sixteen groups at a time are turned round,
+// so that every class is a vector over groups. One group by itself is a chain of a maximum,
+// exponentials, a sum and logarithms that wait for each other; sixteen side by side keep the units
+// busy.
 #ifndef FWM_ISA
 #include <string.h>
 
@@ -21,6 +22,10 @@ void kl_tiles(const KlBalance& a, const KlOutputs& out, int64_t begin, int64_t e
 
 #else
 
+#include "cpu/vec.h"
+
+#include "cpu/softmax_rows.h"
+
 namespace fastwm::FWM_ISA {
 
 // How the softmax is mixed with the uniform distribution: p = keep * softmax + share.
@@ -36,77 +41,68 @@ struct Lanes {
   float entropy[kLanes];
 };
 
+// All loops go over the classes of kVec groups at a time, so that what they add up stays in
+// registers.
 template <bool mixed>
-FWM_HD void fill_lanes(const float* x, const Mixture& k, Lanes& side) {
-  float largest[kLanes], sum[kLanes] = {}, log_sum[kLanes];
+FWM_INLINE void fill_lanes(const float* x, const Mixture& k, Lanes& side) {
   turn_rows(x, k.classes, side.logs);
-#pragma omp simd
-  for (int i = 0; i < kLanes; ++i) largest[i] = -INFINITY, side.entropy[i] = 0.0f;
-  for (int c = 0; c < k.classes; ++c) {
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) {
-      largest[i] = side.logs[c][i] > largest[i] ? side.logs[c][i] : largest[i];
+  for (int i = 0; i < kLanes; i += kVec) {
+    Vec largest = Vec{} - INFINITY, sum{}, entropy{};
+    for (int c = 0; c < k.classes; ++c) {
+      const Vec logit = load(&side.logs[c][i]);
+      largest = logit > largest ? logit : largest;
     }
-  }
-  for (int c = 0; c < k.classes; ++c) {
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) {
-      const float log = side.logs[c][i] - largest[i], soft = exp_nonpos(log);
-      side.logs[c][i] = log;
-      side.soft[c][i] = soft;
-      sum[i] += soft;
+    for (int c = 0; c < k.classes; ++c) {
+      const Vec log = load(&side.logs[c][i]) - largest, soft = exp_nonpos(log);
+      if (!mixed) store(&side.logs[c][i], log);
+      store(&side.soft[c][i], soft);
+      sum += soft;
     }
-  }
-#pragma omp simd
-  for (int i = 0; i < kLanes; ++i) {
-    log_sum[i] = log_positive(sum[i]);
-    sum[i] = 1.0f / sum[i];
-  }
-  for (int c = 0; c < k.classes; ++c) {
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) {
-      const float soft = side.soft[c][i] * sum[i], p = k.keep * soft + k.share;
-      const float log = mixed ? log_positive(p) : side.logs[c][i] - log_sum[i];
-      side.soft[c][i] = soft;
-      side.logs[c][i] = log;
-      side.entropy[i] -= p * log;
+    const Vec log_sum = log_positive(sum), inverse = 1.0f / sum;
+    for (int c = 0; c < k.classes; ++c) {
+      const Vec soft = load(&side.soft[c][i]) * inverse, p = k.keep * soft + k.share;
+      const Vec log = mixed ? log_positive(p) : load(&side.logs[c][i]) - log_sum;
+      store(&side.soft[c][i], soft);
+      store(&side.logs[c][i], log);
+      entropy -= p * log;
     }
+    store(side.entropy + i, entropy);
   }
 }
 
-FWM_HD void add_lanes(const Lanes& p, const Lanes& q, const Mixture& k, float* kl) {
-#pragma omp simd
-  for (int i = 0; i < kLanes; ++i) kl[i] = 0.0f;
-  for (int c = 0; c < k.classes; ++c) {
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) {
-      kl[i] += (k.keep * p.soft[c][i] + k.share) * (p.logs[c][i] - q.logs[c][i]);
+FWM_INLINE void add_lanes(const Lanes& p, const Lanes& q, const Mixture& k, float* kl) {
+  for (int i = 0; i < kLanes; i += kVec) {
+    Vec sum{};
+    for (int c = 0; c < k.classes; ++c) {
+      const Vec gap = load(&p.logs[c][i]) - load(&q.logs[c][i]);
+      sum += (k.keep * load(&p.soft[c][i]) + k.share) * gap;
     }
+    store(kl + i, sum);
   }
 }
 
-// The logits' slopes take the place of the softmax: d KL / d post in p, d KL / d prior in q.
+// `add_lanes`, and the logits' slopes take the place of the softmax: d KL / d post in p, d KL / d
+// prior in q.
 template <bool mixed>
-FWM_HD void slopes(Lanes& p, Lanes& q, const Mixture& k) {
-  float post_dot[kLanes] = {}, prior_dot[kLanes] = {};
-  for (int c = 0; c < k.classes; ++c) {
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) {
-      const float gap = p.logs[c][i] - q.logs[c][i], kept = k.keep * q.soft[c][i];
-      const float ratio = mixed ? kept / (kept + k.share) : 1.0f;
-      const float pull = ratio * (k.keep * p.soft[c][i] + k.share);
-      p.logs[c][i] = gap;
-      q.logs[c][i] = pull;
-      post_dot[i] += p.soft[c][i] * gap;
-      prior_dot[i] += pull;
+FWM_INLINE void slopes(Lanes& p, Lanes& q, const Mixture& k, float* kl) {
+  for (int i = 0; i < kLanes; i += kVec) {
+    Vec sum{}, post_dot{}, prior_dot{};
+    for (int c = 0; c < k.classes; ++c) {
+      const Vec gap = load(&p.logs[c][i]) - load(&q.logs[c][i]), soft = load(&p.soft[c][i]);
+      const Vec kept = k.keep * load(&q.soft[c][i]), prob = k.keep * soft + k.share;
+      const Vec pull = mixed ? kept / (kept + k.share) * prob : prob;
+      store(&p.logs[c][i], gap);
+      store(&q.logs[c][i], pull);
+      sum += prob * gap;
+      post_dot += soft * gap;
+      prior_dot += pull;
     }
-  }
-  for (int c = 0; c < k.classes; ++c) {
-#pragma omp simd
-    for (int i = 0; i < kLanes; ++i) {
-      p.soft[c][i] = k.keep * p.soft[c][i] * (p.logs[c][i] - post_dot[i]);
-      q.soft[c][i] = q.soft[c][i] * prior_dot[i] - q.logs[c][i];
+    for (int c = 0; c < k.classes; ++c) {
+      const Vec gap = load(&p.logs[c][i]), pull = load(&q.logs[c][i]);
+      store(&p.soft[c][i], k.keep * load(&p.soft[c][i]) * (gap - post_dot));
+      store(&q.soft[c][i], load(&q.soft[c][i]) * prior_dot - pull);
     }
+    store(kl + i, sum);
   }
 }
 
@@ -135,6 +131,16 @@ static void finish(const KlBalance& a, const KlOutputs& out, const float (*value
   }
 }
 
+// Asks for what the next tile reads and writes. Rows are turned in pieces of 32 bytes, far apart:
+// no pattern that a CPU would follow by itself.
+FWM_HD void ask_for(const float* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(x + i, 0);
+}
+
+FWM_HD void ask_to_write(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(x + i, 1);
+}
+
 template <bool mixed>
 static void walk(const KlBalance& a, const KlOutputs& out, int64_t begin, int64_t end) {
   const Mixture k{static_cast<int>(a.classes), 1.0f - a.unimix,
@@ -153,13 +159,20 @@ static void walk(const KlBalance& a, const KlOutputs& out, int64_t begin, int64_
       post = static_cast<float*>(memcpy(rest[0], post, bytes));
       prior = static_cast<float*>(memcpy(rest[1], prior, bytes));
     }
+    const int64_t next = group + kLanes, ahead = last - next < kLanes ? last - next : kLanes;
+    if (ahead > 0) {
+      ask_for(a.post + next * a.classes, ahead * a.classes);
+      ask_for(a.prior + next * a.classes, ahead * a.classes);
+    }
     fill_lanes<mixed>(post, k, p);
     fill_lanes<mixed>(prior, k, q);
-    add_lanes(p, q, k, values[0]);
+    if (out.slope_post == nullptr) add_lanes(p, q, k, values[0]);
     memcpy(values[1], p.entropy, sizeof(p.entropy));
     memcpy(values[2], q.entropy, sizeof(q.entropy));
     if (out.slope_post != nullptr) {
-      slopes<mixed>(p, q, k);
+      ask_to_write(out.slope_post + start, count * a.classes);
+      ask_to_write(out.slope_prior + start, count * a.classes);
+      slopes<mixed>(p, q, k, values[0]);
       turn_rows_back(p.soft, k.classes, whole ? out.slope_post + start : rest[0]);
       turn_rows_back(q.soft, k.classes, whole ? out.slope_prior + start : rest[1]);
       if (!whole) {

@@ -1,41 +1,27 @@
 // Building blocks of the RSSM kernels, compiled once per instruction set (see simd.h): packed
-// weights, products of a few rows with them, norms. No include guard, and no #include: it sits
-// inside a target region.
+// weights, products of a few rows with them, norms. No include guard, and no #include but
+// of its like: it sits inside a target region.
 //
 // Rows stay row-major and outputs lie in SIMD lanes: a panel of kPanel output columns is packed as
 // [depth][kPanel], kRows rows at a time keep their sums in registers. A product of B = 16 rows
 // therefore reads every weight once or twice from L2, and any batch size runs without padding.
 // The sum over depth has one order whatever the batch and the threads.
 
-#undef FWM_VECTOR_BYTES
+#include "cpu/vec.h"
+
 #undef FWM_ROWS
-#undef FWM_INLINE
-#undef FWM_JOIN_
-#undef FWM_JOIN
-#define FWM_JOIN_(a, b) a##b
-#define FWM_JOIN(a, b) FWM_JOIN_(a, b)
-// By name: __AVX512F__ and its like do not follow the target pragma in C++.
-#define FWM_LEVEL_base 0
-#define FWM_LEVEL_v3 1
-#define FWM_LEVEL_v4 2
-#if FWM_JOIN(FWM_LEVEL_, FWM_ISA) == 2
-#define FWM_VECTOR_BYTES 64
+#if FWM_VECTOR_BYTES == 64
 #define FWM_ROWS 8
-#elif FWM_JOIN(FWM_LEVEL_, FWM_ISA) == 1
-#define FWM_VECTOR_BYTES 32
+#elif FWM_VECTOR_BYTES == 32
 #define FWM_ROWS 6
 #else
-#define FWM_VECTOR_BYTES 16
 #define FWM_ROWS 4
 #endif
-#define FWM_INLINE inline __attribute__((always_inline))
 
 namespace fastwm::FWM_ISA {
 namespace {
 
-typedef float Vec __attribute__((vector_size(FWM_VECTOR_BYTES), aligned(4), may_alias));
-constexpr int64_t kLanes = FWM_VECTOR_BYTES / 4;
-constexpr int64_t kPanel = 2 * kLanes;
+constexpr int64_t kPanel = 2 * kVec;
 constexpr int kRows = FWM_ROWS;
 constexpr int64_t kChunk = 64;   // rows that share one pass over a panel
 constexpr int64_t kSlice = 192;  // depth of a panel that one pass covers: 24 KB at most

@@ -5,8 +5,8 @@ FWM_INLINE void FWM_JOIN(accumulate, FWM_R)(Vec (&sum)[FWM_R][2], const Part& pa
   const float* x = part.x + row * part.row;
   for (int64_t k = 0; k < part.depth; ++k, panel += kPanel) {
     __builtin_prefetch(panel + kAhead);
-    __builtin_prefetch(panel + kAhead + kLanes);
-    const Vec w0 = *(const Vec*)panel, w1 = *(const Vec*)(panel + kLanes);
+    __builtin_prefetch(panel + kAhead + kVec);
+    const Vec w0 = *(const Vec*)panel, w1 = *(const Vec*)(panel + kVec);
 #pragma GCC unroll 8
     for (int r = 0; r < FWM_R; ++r) {
       const float s = x[r * part.row + k];
@@ -30,7 +30,7 @@ FWM_INLINE void FWM_JOIN(tile, FWM_R)(const float* panel, const Part& part,
       init = edge;
     }
     sum[r][0] = *(const Vec*)init;
-    sum[r][1] = *(const Vec*)(init + kLanes);
+    sum[r][1] = *(const Vec*)(init + kVec);
   }
   FWM_JOIN(accumulate, FWM_R)(sum, part, row, panel);
 #pragma GCC unroll 8
@@ -38,11 +38,11 @@ FWM_INLINE void FWM_JOIN(tile, FWM_R)(const float* panel, const Part& part,
     float* y = to.y + (row + r) * to.row;
     if (to.width < kPanel) {
       *(Vec*)edge = sum[r][0];
-      *(Vec*)(edge + kLanes) = sum[r][1];
+      *(Vec*)(edge + kVec) = sum[r][1];
       for (int64_t n = 0; n < to.width; ++n) y[n] = edge[n];
     } else {
       *(Vec*)y = sum[r][0];
-      *(Vec*)(y + kLanes) = sum[r][1];
+      *(Vec*)(y + kVec) = sum[r][1];
     }
   }
 }

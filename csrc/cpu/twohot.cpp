@@ -2,10 +2,10 @@
 // The backward passes compute the softmax again: an exponential costs 0.15 ns, storing the gradient
 // in the forward pass would cost one more sweep of the whole array.
 #ifndef FWM_ISA
+#include "cpu/twohot.h"
 #include "cpu/simd.h"
 #include "cpu/softmax.h"
 #include "cpu/team.h"
-#include "cpu/twohot.h"
 #define FWM_SOURCE "cpu/twohot.cpp"
 #include "cpu/each_isa.h"
 
@@ -43,6 +43,7 @@ int64_t twohot_linear_packed_floats(int64_t count, int64_t inputs) {
 #else
 
 #include "cpu/rssm_body.h"
+#include "cpu/softmax_rows.h"
 
 namespace fastwm::FWM_ISA {
 
@@ -53,9 +54,7 @@ struct Pick {
 
 // The bins around a target; counting keeps the meaning of `bins <= target` to the last bit.
 static inline Pick pick_bins(const float* bins, int64_t count, float target) {
-  int32_t passed = 0;
-#pragma omp simd reduction(+ : passed)
-  for (int64_t v = 0; v < count; ++v) passed += bins[v] <= target ? 1 : 0;
+  const int64_t passed = row_count(bins, target, count);
   // Not a number is neither below nor above any bin: from the first bin to the last, weights NaN.
   const int64_t over = target == target ? count - passed : 0;
   const int64_t below = passed > 0 ? passed - 1 : 0;
@@ -77,13 +76,12 @@ void twohot_loss(const TwohotLoss& a, float* loss, float* exp_sum, int64_t begin
   for (int64_t row = begin; row < end; ++row) {
     const float* x = a.logits + row * a.count;
     const float largest = row_max(x, a.count);
-    const float sum = row_exp(x, largest, nullptr, a.count), log_sum = logf(sum);
+    const float sum = row_exp(x, largest, 1.0f, nullptr, a.count), log_sum = logf(sum);
     float total = 0.0f;
     for (int k = 0; k < 2; ++k) {
       if (a.target[k] == nullptr) break;
       const Pick p = two_hot(a.bins, a.count, a.target[k][row]);
-      total += a.weight[k] *
-               (p.to_below * ((largest - x[p.below]) + log_sum) +
+      total += a.weight[k] * (p.to_below * ((largest - x[p.below]) + log_sum) +
                               p.to_above * ((largest - x[p.above]) + log_sum));
     }
     loss[row] = total;
@@ -98,8 +96,7 @@ void twohot_loss_backward(const TwohotLoss& a, float* grad_logits, int64_t begin
     float* out = grad_logits + row * a.count;
     const float grad = a.grad_loss[row], factor = grad * weights / a.exp_sum[row];
     const float largest = row_max(x, a.count);
-#pragma omp simd
-    for (int64_t v = 0; v < a.count; ++v) out[v] = factor * exp_nonpos(x[v] - largest);
+    row_exp(x, largest, factor, out, a.count);
     for (int k = 0; k < 2; ++k) {
       if (a.target[k] == nullptr) break;
       const Pick p = two_hot(a.bins, a.count, a.target[k][row]);
@@ -127,7 +124,7 @@ void twohot_mean(const TwohotMean& a, float* mean, int64_t begin, int64_t end) {
   float exps[kLocal];
   for (int64_t row = begin; row < end; ++row) {
     const float* x = a.logits + row * a.count;
-    const float sum = row_exp(x, row_max(x, a.count), exps, a.count);
+    const float sum = row_exp(x, row_max(x, a.count), 1.0f, exps, a.count);
     mean[row] = mean_of(exps, a.bins, a.count) / sum;
   }
 }
@@ -138,7 +135,7 @@ void twohot_mean_backward(const TwohotMean& a, float* grad_logits, int64_t begin
   for (int64_t row = begin; row < end; ++row) {
     const float* x = a.logits + row * a.count;
     float* out = grad_logits + row * a.count;
-    const float sum = row_exp(x, row_max(x, a.count), out, a.count);
+    const float sum = row_exp(x, row_max(x, a.count), 1.0f, out, a.count);
     const float mean = mean_of(out, a.bins, a.count) / sum;
     const float factor = a.grad_mean[row] / sum;
     float* upper = out + a.count - half;
@@ -179,7 +176,7 @@ void twohot_mean_linear(const TwohotMeanLinear& a, float* mean, int64_t begin, i
     }
     for (int64_t row = 0; row < rows; ++row) {
       const float* x_row = logits + row * stride;
-      const float sum = row_exp(x_row, row_max(x_row, a.count), exps, a.count);
+      const float sum = row_exp(x_row, row_max(x_row, a.count), 1.0f, exps, a.count);
       mean[first + row] = mean_of(exps, a.bins, a.count) / sum;
     }
   }
