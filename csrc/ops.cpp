@@ -74,6 +74,14 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
+  // pool: images (N, H, W, C); also what the norm saw, (N, H/2, W/2, C), and where it came from
+  m.def("pool_silu(Tensor x, Tensor bias, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def("pool_silu_backward(Tensor grad_y, Tensor pooled, Tensor index, Tensor scale, float eps, "
+        "int height, int width) -> (Tensor, Tensor, Tensor)");
+  // grad_x, grad_weight, grad_bias, grad_scale with the convolution before it; on the CPU only
+  m.def("pool_conv_backward(Tensor grad_y, Tensor pooled, Tensor index, Tensor scale, float eps, "
+        "Tensor x, Tensor weight, bool want_x) -> (Tensor, Tensor, Tensor, Tensor)");
+
   // mlp: layers of (weight, bias, scale), the last one perhaps without scale; on the CPU only
   m.def("mlp_pack(Tensor[] weights) -> Tensor");
   m.def("mlp(Tensor x, Tensor packed, Tensor[] weights, bool squash) -> Tensor");

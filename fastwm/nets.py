@@ -306,10 +306,9 @@ class Encoder(nn.Module):
     def encode_images(self, obs: dict[str, Tensor]) -> Tensor:
         x = torch.cat([obs[key] for key in self.image_keys], -1)  # (B, T, H, W, C) uint8
         lead = x.shape[:-3]
-        x = x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2).float() / 255.0 - 0.5
+        x = x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2).float().div_(255.0).sub_(0.5)
         for conv in self.convs:
-            x = F.conv2d(x, conv.weight, conv.bias, padding=self.kernel // 2)
-            x = channel_norm(F.max_pool2d(x, 2), conv.scale)
+            x = ops.conv_pool_silu(x, conv.weight, conv.bias, conv.scale)
         return x.permute(0, 2, 3, 1).reshape(*lead, -1)
 
 

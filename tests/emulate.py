@@ -34,7 +34,7 @@ RAW = """
 lambda_return lambda_return_backward rms_silu rms_silu_backward twohot_loss twohot_loss_backward
 twohot_mean twohot_mean_backward gmm_nll gmm_nll_backward latent_sample latent_one_hot
 latent_backward kl_balance kl_balance_backward laprop_agc_ adam_ ema_
-gather_windows gru_layernorm gru_layernorm_backward
+gather_windows gru_layernorm gru_layernorm_backward pool_silu pool_silu_backward
 """.split()
 LAUNCH = re.compile(r"([\w:]+(?:<[\w:, ]+>)?)\s*<<<(.*?)>>>\s*\((.*?)\);", re.DOTALL)
 

@@ -1,7 +1,8 @@
-// RMSNorm and SiLU. One row at a time: a sweep for the sum of squares, a second one, in cache by
-// then, for the rest. The backward pass computes the norm again instead of storing it.
+// RMSNorm and SiLU. A few rows at a time: a sweep for the sums of squares, a second one, in cache
+// by then, for the rest. The backward pass computes the norm again instead of storing it.
 #ifndef FWM_ISA
 #include "cpu/norm.h"
+#include "cpu/norm_rows.h"
 #include "cpu/simd.h"
 #define FWM_SOURCE "cpu/norm.cpp"
 #include "cpu/each_isa.h"
@@ -23,46 +24,32 @@ void rms_silu_backward(const RmsSilu& a, float* grad_x, float* grad_scale, int64
 
 namespace fastwm::FWM_ISA {
 
-static inline float inverse_rms(const float* x, int64_t features, float eps) {
-  float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t u = 0; u < features; ++u) squares += x[u] * x[u];
-  return 1.0f / sqrtf(squares / static_cast<float>(features) + eps);
+template <int kWidth>
+static void forward(const RmsSilu& a, float* y, int64_t begin, int64_t end) {
+  const int64_t n = kWidth ? kWidth : a.features;
+  rms_silu_rows<kWidth>(a.x + begin * n, a.scale, n, a.eps, end - begin, y + begin * n);
+}
+
+template <int kWidth>
+static void backward(const RmsSilu& a, float* grad_x, float* grad_scale, int64_t begin,
+                     int64_t end) {
+  const int64_t n = kWidth ? kWidth : a.features;
+  for (int64_t u = 0; u < n; ++u) grad_scale[u] = 0.0f;
+  rms_silu_rows_backward<kWidth>(a.x + begin * n, a.scale, a.grad_y + begin * n, n, a.eps,
+                                 end - begin, grad_x + begin * n, grad_scale);
 }
 
 void rms_silu(const RmsSilu& a, float* y, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const float* x = a.x + row * a.features;
-    float* out = y + row * a.features;
-    const float inverse = inverse_rms(x, a.features, a.eps);
-#pragma omp simd
-    for (int64_t u = 0; u < a.features; ++u) out[u] = silu(x[u] * inverse * a.scale[u]);
-  }
+#define FWM_FORM(width) forward<width>(a, y, begin, end)
+  FWM_FOR_WIDTH(a.features, FWM_FORM)
+#undef FWM_FORM
 }
 
 void rms_silu_backward(const RmsSilu& a, float* grad_x, float* grad_scale, int64_t begin,
                        int64_t end) {
-  for (int64_t u = 0; u < a.features; ++u) grad_scale[u] = 0.0f;
-  for (int64_t row = begin; row < end; ++row) {
-    const float* x = a.x + row * a.features;
-    const float* grad = a.grad_y + row * a.features;
-    const float* scale = a.scale;
-    float* out = grad_x + row * a.features;
-    const float inverse = inverse_rms(x, a.features, a.eps);
-    float dot = 0.0f;  // <gradient of the normed row, normed row>
-#pragma omp simd reduction(+ : dot)
-    for (int64_t u = 0; u < a.features; ++u) {
-      const float normed = x[u] * inverse;
-      const float grad_scaled = grad[u] * silu_grad(normed * scale[u]);
-      const float grad_normed = grad_scaled * scale[u];
-      grad_scale[u] += grad_scaled * normed;
-      out[u] = grad_normed;
-      dot += grad_normed * normed;
-    }
-    const float pull = inverse * dot / static_cast<float>(a.features);
-#pragma omp simd
-    for (int64_t u = 0; u < a.features; ++u) out[u] = inverse * (out[u] - pull * x[u]);
-  }
+#define FWM_FORM(width) backward<width>(a, grad_x, grad_scale, begin, end)
+  FWM_FOR_WIDTH(a.features, FWM_FORM)
+#undef FWM_FORM
 }
 
 }  // namespace fastwm::FWM_ISA

@@ -27,6 +27,7 @@ from fastwm.ops.optim import (
     laprop_agc_,
     laprop_agc_ref_,
 )
+from fastwm.ops.pool import conv_pool_silu, conv_pool_silu_ref, pool_silu, pool_silu_ref
 from fastwm.ops.rssm import (
     RSSMWeights,
     gru_step,
@@ -60,6 +61,8 @@ __all__ = [
     "adam_ref_",
     "available",
     "backend_info",
+    "conv_pool_silu",
+    "conv_pool_silu_ref",
     "ema_",
     "ema_ref_",
     "gather_windows",
@@ -81,6 +84,8 @@ __all__ = [
     "mlp",
     "mlp_ref",
     "packed_mlp",
+    "pool_silu",
+    "pool_silu_ref",
     "rms_silu",
     "rms_silu_ref",
     "rssm_imagine",

@@ -100,7 +100,8 @@ def _load_all() -> None:
 _load_all()
 
 
-CPU_ONLY = {"mlp", "mlp_pack", "twohot_mean_linear"}  # a GPU leaves these to the library
+# A GPU leaves these to the library.
+CPU_ONLY = {"mlp", "mlp_pack", "pool_conv_backward", "twohot_mean_linear"}
 
 
 def available(where: torch.Tensor | torch.device | str, op: str | None = None) -> bool:

@@ -110,6 +110,17 @@ def mlp(batch: int) -> Case:
 
 
 @_case
+def pool_silu(batch: int) -> Case:
+    return Case((torch.randn(batch, 9, 6, 5), torch.randn(9), torch.rand(9) + 0.5), wrt=(0, 1, 2))
+
+
+@_case
+def conv_pool_silu(batch: int) -> Case:
+    images, weight = torch.randn(batch, 3, 6, 5), torch.randn(9, 3, 5, 5) / 9
+    return Case((images, weight, torch.randn(9), torch.rand(9) + 0.5), wrt=(0, 1, 2, 3))
+
+
+@_case
 def upsample_conv2d(batch: int) -> Case:
     images, weight = torch.randn(batch, 3, 5, 7), torch.randn(4, 3, 5, 5) / 9
     return Case((images, weight, torch.randn(4)), wrt=(0, 1, 2))

@@ -24,7 +24,7 @@ from fastwm.ops._cases import CASES, _run
 
 NO_ARGUMENTS = {"build_info", "cpu_capability"}
 NAMES = sorted(_backend._names - NO_ARGUMENTS)
-CUDA_NAMES = [name for name in NAMES if not name.startswith("mlp")]  # which has no CUDA file
+CUDA_NAMES = [name for name in NAMES if not name.startswith(("mlp", "pool_conv"))]  # CPU only
 BOTH = [("cpu", name) for name in NAMES] + [("cuda", name) for name in CUDA_NAMES]
 # The loops of the sequence leave out the action branch ([6] to [8]) and the token part of [14].
 LOOP = ("[6]", "[7]", "[8]", "[14] shorter -1", "[14] longer -1")
@@ -45,6 +45,8 @@ FREE = {
     ("mlp", "x"): "leading",
     ("mlp", "weights"): ("list longer",),  # the linear output gets a scale
     ("mlp_pack", "weights"): "any",
+    ("pool_silu", "x"): "leading",
+    ("pool_conv_backward", "x"): ("longer -3", "shorter -2"),  # an edge that pooling drops
     ("rms_silu", "x"): "leading",
     ("twohot_mean", "logits"): "leading",
     ("twohot_mean_linear", "x"): "leading",

@@ -1,0 +1,59 @@
+// What follows a convolution of the encoder, 2x2 max pooling, bias, RMSNorm and SiLU, and the
+// gradient of the convolution through all of it: plain pointers and sizes, see kernels.h. Images
+// lie (H, W, C).
+#pragma once
+
+#include <stdint.h>
+
+namespace fastwm {
+
+struct PoolSizes {
+  int64_t height, width, channels;  // H, W, C' of the convolution's result; odd edges are dropped
+  float eps;
+  int64_t rows() const { return height / 2; }
+  int64_t columns() const { return width / 2; }
+  int64_t pixels() const { return rows() * columns(); }  // of the pooled image
+};
+
+struct PoolSilu {
+  const float* x;      // (N, H, W, C')
+  const float* bias;   // (C')
+  const float* scale;  // (C')
+  PoolSizes n;
+};
+// pooled (N, H/2, W/2, C') is what the norm sees; index, 2 * row + column, says where it came from.
+void pool_silu(const PoolSilu& a, float* y, float* pooled, uint8_t* index, int64_t begin,
+               int64_t end);
+
+struct PoolSiluGrad {
+  const float* grad_y;   // (N, H/2, W/2, C')
+  const float* pooled;   // (N, H/2, W/2, C')
+  const uint8_t* index;  // (N, H/2, W/2, C')
+  const float* scale;    // (C')
+  PoolSizes n;
+};
+// sums (2, C') is overwritten with the gradients of bias and scale from images [begin, end).
+// scratch: (W/2, C') floats.
+void pool_silu_backward(const PoolSiluGrad& a, float* scratch, float* grad_x, float* sums,
+                        int64_t begin, int64_t end);
+
+// The convolution before it, C inputs, odd kernel k, SAME padding. Of four of its results one has a
+// gradient, so that a quarter of the library's multiplications remain.
+struct PoolConv {
+  PoolSiluGrad pool;
+  const float* x;       // (N, H, W, C)
+  const float* weight;  // packed by pool_conv_pack; null: no gradient of x is wanted
+  int64_t inputs, kernel;
+  int64_t lanes() const { return (inputs + 7) / 8 * 8; }              // C in whole vectors
+  int64_t taps() const { return (kernel * inputs + 7) / 8 * 8; }      // a row of the kernel in them
+  int64_t sums() const { return pool.n.channels * kernel * taps(); }  // of the kernel's gradient
+  int64_t packed() const { return pool.n.channels * kernel * kernel * lanes(); }
+  int64_t scratch() const;
+};
+// weight (C', C, k, k) as (C', k, k, lanes).
+void pool_conv_pack(const PoolConv& a, const float* weight, float* packed);
+// sums: (C', k, taps) of the kernel, then (2, C') as above; both overwritten. grad_x (N, H, W, C).
+void pool_conv_backward(const PoolConv& a, float* scratch, float* grad_x, float* sums,
+                        int64_t begin, int64_t end);
+
+}  // namespace fastwm

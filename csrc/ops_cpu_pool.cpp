@@ -1,0 +1,146 @@
+// CPU bindings of the pool stem; see ops_cpu.cpp. Images lie channels-last: (N, H, W, C).
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cpu/pool.h"
+#include "pool_args.h"
+
+namespace fastwm {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> pool_silu_cpu(Tensor x, Tensor bias, Tensor scale, double eps) {
+  constexpr const char* op = "pool_silu";
+  const PoolShape shape = pool_shape(op, x, bias, scale);
+  const Tensor input = rows_arg(op, "x", x, x, "(N, H, W, C)", sizes_of(x));
+  const Tensor offset = dense(bias), gain = dense(scale);
+
+  Tensor y = allocate(x, shape.pooled()), pooled = allocate(x, shape.pooled());
+  Tensor index = allocate(x, shape.pooled(), ScalarType::Byte);
+  const PoolSilu args{ptr(input), ptr(offset), ptr(gain), shape.as<PoolSizes>(eps)};
+  float *out = mutable_ptr(y), *found = mutable_ptr(pooled);
+  uint8_t* from = mutable_ptr<uint8_t>(index);
+  parallel(shape.images, 4 * shape.image(),
+           [&](int64_t begin, int64_t end) { pool_silu(args, out, found, from, begin, end); });
+  return {y, pooled, index};
+}
+
+// The images are cut into ranges that do not depend on the number of threads, and their sums are
+// added in order: two runs are equal bit by bit on any machine.
+struct Ranges {
+  int64_t length, count;
+  explicit Ranges(int64_t images)
+      : length(std::max<int64_t>(1, (images + 15) / 16)),
+        count(std::max<int64_t>(1, (images + length - 1) / length)) {}
+
+  template <class F>
+  void run(int64_t images, int64_t cost, const F& f) const {
+    parallel(count, cost * length, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(i, i * length, std::min(images, (i + 1) * length));
+    });
+  }
+};
+
+// The first range's sums, with all others added.
+const float* total(float* parts, const Ranges& ranges, int64_t size) {
+  for (int64_t i = 1; i < ranges.count; ++i) {
+    for (int64_t u = 0; u < size; ++u) parts[u] += parts[i * size + u];
+  }
+  return parts;
+}
+
+std::tuple<Tensor, Tensor, Tensor> pool_silu_backward_cpu(Tensor grad_y, Tensor pooled,
+                                                          Tensor index, Tensor scale, double eps,
+                                                          int64_t height, int64_t width) {
+  constexpr const char* op = "pool_silu_backward";
+  const PoolShape shape = pool_shape(op, grad_y, pooled, index, scale, height, width);
+  const Tensor grad = dense(grad_y), found = dense(pooled), from = dense(index);
+  const Tensor gain = dense(scale);
+  check_float(op, "pooled", pooled, pooled, "(N, H/2, W/2, C)", {-1, -1, -1, -1});
+
+  const int64_t channels = shape.channels;
+  const Ranges ranges(shape.images);
+  Tensor grad_x = allocate(pooled, {shape.images, height, width, channels});
+  Tensor sums = allocate(gain, {ranges.count, 2, channels});
+  Tensor scratch = allocate(gain, {ranges.count, width / 2 * channels});
+  Tensor grad_bias = allocate(gain, {channels}), grad_scale = allocate(gain, {channels});
+  const PoolSiluGrad args{ptr(grad), ptr(found), ptr<uint8_t>(from), ptr(gain),
+                          shape.as<PoolSizes>(eps)};
+  float *out = mutable_ptr(grad_x), *parts = mutable_ptr(sums), *rows = mutable_ptr(scratch);
+  ranges.run(shape.images, 8 * shape.image(), [&](int64_t i, int64_t begin, int64_t end) {
+    pool_silu_backward(args, rows + i * (width / 2) * channels, out, parts + 2 * i * channels,
+                       begin, end);
+  });
+  const float* sum = total(parts, ranges, 2 * channels);
+  std::copy(sum, sum + channels, mutable_ptr(grad_bias));
+  std::copy(sum + channels, sum + 2 * channels, mutable_ptr(grad_scale));
+  return {grad_x, grad_bias, grad_scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pool_conv_backward_cpu(Tensor grad_y, Tensor pooled,
+                                                                  Tensor index, Tensor scale,
+                                                                  double eps, Tensor x,
+                                                                  Tensor weight, bool want_x) {
+  constexpr const char* op = "pool_conv_backward";
+  check_shape(op, "x", x, "(N, H, W, C)", {-1, -1, -1, -1});
+  const int64_t height = x.size(1), width = x.size(2), inputs = x.size(3);
+  const PoolShape shape = pool_shape(op, grad_y, pooled, index, scale, height, width);
+  check_float(op, "pooled", pooled, pooled, "(N, H/2, W/2, C')", {-1, -1, -1, -1});
+  const int64_t channels = shape.channels, kernel = weight.dim() == 4 ? weight.size(3) : 0;
+  STD_TORCH_CHECK(kernel % 2 == 1, op, ": expected weight of shape (C', C, k, k) with odd k, got ",
+                  format_sizes(weight.sizes()));
+  STD_TORCH_CHECK(height + kernel < 32768 && width + kernel < 32768, op,
+                  ": expected images of fewer than 32768 rows and columns, got ", height, " x ",
+                  width);
+  const Tensor filter =
+      float_arg(op, "weight", weight, pooled, "(C', C, k, k)", {channels, inputs, kernel, kernel});
+  const Tensor input =
+      float_arg(op, "x", x, pooled, "(N, H, W, C)", {shape.images, height, width, inputs});
+  const Tensor grad = dense(grad_y), found = dense(pooled), from = dense(index);
+  const Tensor gain = dense(scale);
+
+  PoolConv args{{ptr(grad), ptr(found), ptr<uint8_t>(from), ptr(gain), shape.as<PoolSizes>(eps)},
+                ptr(input),
+                nullptr,
+                inputs,
+                kernel};
+  Tensor packed = allocate(x, {want_x ? args.packed() : 0});
+  if (want_x) {
+    pool_conv_pack(args, ptr(filter), mutable_ptr(packed));
+    args.weight = ptr(packed);
+  }
+  const Ranges ranges(shape.images);
+  const int64_t size = args.sums() + 2 * channels, room = args.scratch();
+  Tensor grad_x = want_x ? allocate(x, sizes_of(x)) : allocate(x, {0});
+  Tensor sums = allocate(x, {ranges.count, size}), scratch = allocate(x, {ranges.count, room});
+  float *out = mutable_ptr(grad_x), *parts = mutable_ptr(sums), *memory = mutable_ptr(scratch);
+  ranges.run(shape.images, kernel * kernel * inputs * shape.image(),
+             [&](int64_t i, int64_t begin, int64_t end) {
+               pool_conv_backward(args, memory + i * room, out, parts + i * size, begin, end);
+             });
+  const float* sum = total(parts, ranges, size);
+  Tensor grad_weight = allocate(x, {channels, inputs, kernel, kernel});
+  Tensor grad_bias = allocate(x, {channels}), grad_scale = allocate(x, {channels});
+  float* to = mutable_ptr(grad_weight);
+  for (int64_t o = 0; o < channels; ++o) {
+    for (int64_t c = 0; c < inputs; ++c) {
+      for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
+        const int64_t row = tap / kernel, column = tap % kernel;
+        *to++ = sum[(o * kernel + row) * args.taps() + column * inputs + c];
+      }
+    }
+  }
+  sum += args.sums();
+  std::copy(sum, sum + channels, mutable_ptr(grad_bias));
+  std::copy(sum + channels, sum + 2 * channels, mutable_ptr(grad_scale));
+  return {grad_x, grad_weight, grad_bias, grad_scale};
+}
+
+}  // namespace
+}  // namespace fastwm
+
+STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
+  m.impl("pool_silu", TORCH_BOX(&fastwm::pool_silu_cpu));
+  m.impl("pool_silu_backward", TORCH_BOX(&fastwm::pool_silu_backward_cpu));
+  m.impl("pool_conv_backward", TORCH_BOX(&fastwm::pool_conv_backward_cpu));
+}
