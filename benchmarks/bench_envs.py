@@ -1,5 +1,6 @@
 """Environments: our rows against envpool's own step, with random actions, in one run; and the whole
-training loop, random policy and replay writes and log, without updates.
+training loop, random policy and replay writes and metrics.jsonl, without updates (its parts:
+loop_parts.py).
 
 extra_info: share_of_raw is raw time over our time, medians of alternating rounds; env_steps_per_s
 counts decisions of all environments together. share_of_raw_cpu compares the processor time of all
@@ -12,15 +13,12 @@ import time
 
 import numpy as np
 import pytest
+from loop_parts import Loop, random_actions
 
 from fastwm import assemble, envs
 from fastwm import config as settings
-from fastwm.agents.random import RandomAgent
 from fastwm.envs.base import spread_seeds
 from fastwm.envs.convert import resize
-from fastwm.log import Logger
-from fastwm.loops.online import OnlineRun
-from fastwm.replay import Replay
 
 pytest.importorskip("envpool")
 CASES = {
@@ -31,13 +29,6 @@ CASES = {
     ),
     "carracing": ("CarRacing-v3", {}),
 }
-
-
-def actions(task: str, steps: int, num_envs: int) -> np.ndarray:
-    rng = np.random.default_rng(0)
-    if task == "carracing":
-        return rng.uniform(0, 1, (steps, num_envs, 3)).astype(np.float32)
-    return rng.integers(0, 2, (steps, num_envs)).astype(np.int32)
 
 
 def step_all(env, plan):
@@ -63,30 +54,6 @@ def test_loop_cartpole(benchmark, num_envs, tmp_path):
 @pytest.mark.parametrize("task", ["atari_pong", "carracing"])
 def test_loop_images(benchmark, task, tmp_path):
     compare(benchmark, task, 64, steps=10, rounds=5, folder=tmp_path)
-
-
-class Loop:
-    """Training of the random agent, with rows into a replay that it never asks for."""
-
-    def __init__(self, env, task: str, folder) -> None:
-        more = {"replay.prefill": 10**9, "checkpoint.every": 0, "eval.every": 0}
-        more |= {"task": task, "envs": env.num_envs, "steps": 10**9, "log.video_every": 0}
-        config = settings.resolve("dreamerv3", overrides=more)[0]
-        spec = {key: (space.shape, space.dtype) for key, space in env.obs_space.items()}
-        spec |= {"action": (env.act_space.shape, env.act_space.dtype), "reward": ((), "float32")}
-        spec |= {name: ((), "bool") for name in ("is_first", "is_last", "is_terminal")}
-        replay = Replay(spec, env.num_envs, env.num_envs * 200, config.batch_length)
-        logger = Logger(folder, steps=config.steps, every_s=0, tensorboard=False)
-        agent = RandomAgent(env.obs_space, env.act_space)
-        self.run = OnlineRun(config, agent, env, replay, logger, None, folder)
-        self.run.begin(None)
-
-    def __call__(self, plan) -> None:
-        for _ in plan:
-            self.run.act()
-            self.run.learn()
-            self.run.receive()
-            self.run.log_if_due()
 
 
 @pytest.mark.parametrize("task", ["cartpole", "dmc_walker_walk", "atari_pong"])
@@ -131,22 +98,23 @@ def compare(benchmark, task: str, num_envs: int, steps: int, rounds: int, folder
     seeds = spread_seeds(0, num_envs)
     raw = envpool.make_gymnasium(env_id, num_envs=num_envs, seed=seeds, **settings)
     ours = envs.make(task, num_envs)
-    plan, spent = actions(task, steps, num_envs), []
-    for env in (raw, ours):
+    plan, spent = random_actions(ours, steps), []
+    native = [ours.env._act.batch(action) for action in plan]  # the same decisions
+    for env, choices in ((raw, native), (ours, plan)):
         env.reset()
-        step_all(env, plan)
+        step_all(env, choices)
     cpu = {"raw": [], "ours": []}
-    own = Loop(ours, task, folder) if folder else lambda plan: step_all(ours, plan)
+    loop = Loop(ours, task, folder, **{"log.tensorboard": False}) if folder else None
 
     def raw_first():
         start, before = time.perf_counter(), time.process_time()
-        step_all(raw, plan)
+        step_all(raw, native)
         spent.append(time.perf_counter() - start)
         cpu["raw"].append(time.process_time() - before)
 
     def ours_then():
         before = time.process_time()
-        own(plan)
+        step_all(loop or ours, plan)
         cpu["ours"].append(time.process_time() - before)
 
     benchmark.pedantic(ours_then, setup=raw_first, rounds=rounds)

@@ -6,6 +6,7 @@ TensorBoard readers look for (SHORT). docs/metrics.md lists each with its unit.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -155,9 +157,9 @@ class Logger:
         self.board = _open_board(self.run, self.last["env_steps"]) if tensorboard else None
         self.bar = _open_bar(steps, self.last["env_steps"], every_s) if every_s else None
 
-    def episode(self, score: float, length: int) -> None:
-        """One finished training episode: sum of rewards, number of actions."""
-        self.episodes.append((float(score), int(length)))
+    def ended(self, scores: list[float], lengths: list[int]) -> None:
+        """Finished training episodes: sum of rewards, number of actions of each."""
+        self.episodes.extend(zip(scores, lengths, strict=True))
 
     def set(self, values: Mapping[str, float]) -> None:
         """Numbers for the next row, under their full names."""
@@ -169,9 +171,9 @@ class Logger:
         if self.episodes:
             scores, lengths = zip(*self.episodes, strict=True)
             values |= {
-                "episode/score": float(np.mean(scores)),
+                "episode/score": fmean(scores),
                 "episode/score_max": max(scores),
-                "episode/length": float(np.mean(lengths)),
+                "episode/length": fmean(lengths),
                 "episode/count": len(scores),
             }
         values |= self.now
@@ -188,11 +190,18 @@ class Logger:
         row = {name: _number(value) for name, value in row.items()}
         self.file.write((json.dumps(row) + "\n").encode())
         self.file.flush()
-        if self.board:
-            for name, value in (values | speed).items():
-                self.board.add_scalar(name, value, env_steps)
+        self._scalars(values | speed, env_steps)
         self.last = {"env_steps": env_steps, "updates": updates}
         return row
+
+    def _scalars(self, values: Mapping[str, float], env_steps: int) -> None:
+        """All of them as one event, which takes a seventh of the time of one each."""
+        if not self.board:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self.board.file_writer.add_summary(Summary(value=scalars), env_steps)
 
     def tick(self, env_steps: int, updates: int) -> None:
         """Refresh the terminal line if it is time."""
@@ -367,16 +376,24 @@ def _open_bar(steps: int, env_steps: int, every_s: float) -> Any:
 
 
 def _short_names(values: Mapping[str, float]) -> dict[str, float]:
-    short: dict[str, float] = {}
+    return {
+        name: sum([values[key] for key in keys]) for name, keys in _summands(tuple(values)).items()
+    }
+
+
+@functools.lru_cache(maxsize=64)  # rows of a run have few different sets of names
+def _summands(names: tuple[str, ...]) -> dict[str, list[str]]:
+    """Short name -> which of the names it is the sum of."""
+    short = {}
     for name, parts in SHORT.items():
         found = [
-            value
-            for key, value in values.items()
+            key
+            for key in names
             for part in parts
             if key == part or part.endswith("/") and key.startswith(part)
         ]
         if found:
-            short[name] = sum(found)
+            short[name] = found
     return short
 
 

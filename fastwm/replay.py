@@ -224,7 +224,8 @@ class Replay:
         check = self.rings.check
         arrays = [check(key, rows[name], lead, "N") for name, key in self.keys.items()]
         with self._lock:
-            self._check_fresh(arrays[list(self.keys).index("is_first")], lanes)
+            if np.count_nonzero(self._expect_first):
+                self._check_fresh(arrays[list(self.keys).index("is_first")], lanes)
             self.rings.add(arrays, lanes)
 
     def _check_envs(self, envs: Any) -> np.ndarray:
@@ -238,8 +239,6 @@ class Replay:
 
     def _check_fresh(self, is_first: Any, lanes: np.ndarray | None) -> None:
         """After reset_stream every env must begin an episode."""
-        if not self._expect_first.any():
-            return
         is_first = torch.as_tensor(is_first).cpu().numpy()
         where = slice(None) if lanes is None else lanes
         if (self._expect_first[where] & ~is_first).any():

@@ -70,6 +70,34 @@ def test_cartpole_rows(repeat):
     assert len(lengths) > 3
 
 
+@pytest.mark.parametrize(
+    "env_id, repeat",
+    [("CartPole-v1", 1), ("WalkerWalk-v1", 1), ("MiniGrid-Empty-5x5-v0", 1), ("CartPole-v1", 2)],
+)
+def test_the_compiled_step_gives_what_the_public_one_gives(env_id, repeat):
+    """Lone, nested and float64 observations, with ends of episodes; repetition goes round it."""
+    pair = [adapter.EnvpoolEnv(env_id, 3, 7, action_repeat=repeat, time_limit=9) for _ in range(2)]
+    assert (pair[0]._door is None) == (repeat > 1)
+    pair[1]._door = None
+    rng, ends = np.random.default_rng(0), 0
+    rows = [env.reset() for env in pair]
+    for _ in range(25):
+        for name, value in rows[0].items():
+            assert value.dtype == rows[1][name].dtype
+            np.testing.assert_array_equal(value, rows[1][name], err_msg=name)
+        ends += rows[0]["is_last"].sum()
+        action = random_action(pair[0], rng)
+        rows = [env.step(action) for env in pair]
+    assert ends > 3
+
+
+def test_an_unknown_envpool_is_stepped_by_its_public_door():
+    pool = adapter.EnvpoolEnv("CartPole-v1", 2)._pool
+    assert adapter.Door.of(pool, [()]) is not None
+    assert adapter.Door.of(pool, [("elsewhere",)]) is None
+    assert adapter.Door.of(object(), [()]) is None
+
+
 def test_time_limit_is_not_terminal():
     env = adapter.EnvpoolEnv("Pendulum-v1", 2, max_episode_steps=5)
     rows = [env.reset(), *(env.step(np.zeros((2, 1), np.float32)) for _ in range(12))]

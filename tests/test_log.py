@@ -74,8 +74,8 @@ def test_a_row_has_everything(tmp_path):
             "loss/dyn": torch.tensor(1.5),
         }
     )
-    log.episode(10.0, 5)
-    log.episode(20.0, 7)
+    log.ended([10.0], [5])
+    log.ended([20.0], [7])
     log.set({"eval/return": 300.0, "replay/rows": 64})
     log.write(10, 2)
     log.write(20, 4)
@@ -108,7 +108,7 @@ def test_deterministic_rows_hold_no_times(tmp_path):
 def test_resume_cuts_off_what_came_after(tmp_path):
     log = logger(tmp_path, deterministic=True)
     log.write(10, 1)
-    log.episode(5.0, 5)
+    log.ended([5.0], [5])
     log.train.add({"a": torch.tensor(1.0)})
     state = log.state_dict()
     log.write(20, 2)
@@ -192,7 +192,7 @@ def test_missing_tensorboard_warns_once_and_goes_on(tmp_path, monkeypatch):
 
 def test_the_bar_tells_what_matters(tmp_path, capsys):
     log = logger(tmp_path, every_s=0.001)
-    log.episode(12.5, 3)
+    log.ended([12.5], [3])
     with log.time("learner"):
         time.sleep(0.01)
     log.write(50, 5)

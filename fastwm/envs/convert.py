@@ -118,6 +118,15 @@ class ObsMap:
         """Converts an observation of all environments."""
         return {name: function(_reach(obs, path)) for name, path, function in self._leaves}
 
+    @property
+    def paths(self) -> list[tuple]:
+        """Where the observations lie in nested spaces."""
+        return [path for _, path, _ in self._leaves]
+
+    def flat(self, arrays: dict[tuple, np.ndarray]) -> dict[str, np.ndarray]:  # (N, ...) by path
+        """`batch` of what is not nested any more."""
+        return {name: function(arrays[path]) for name, path, function in self._leaves}
+
     def stack(self, observations: Sequence[Any]) -> dict[str, np.ndarray]:
         """Converts a list of observations, one per environment."""
         return {

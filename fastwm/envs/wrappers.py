@@ -31,6 +31,8 @@ class Journal(VecEnv):
         self.num_envs, self.task, self.seed = self.env.num_envs, self.env.task, self.env.seed
         self.obs_space, self.act_space = self.env.obs_space, self.env.act_space
         self.action_repeat, self.obs_bounds = self.env.action_repeat, self.env.obs_bounds
+        small = self.act_space.kind == "discrete" and max(self.act_space.classes) <= 256
+        self._dtype = np.dtype(np.uint8 if small else self.act_space.dtype)
         self._actions: np.ndarray | None = np.empty((0, *self._shape), self._dtype)
         self._resets: list[int] = []  # number of steps taken before each reset
         self._steps = 0
@@ -40,11 +42,6 @@ class Journal(VecEnv):
     @property
     def _shape(self) -> tuple[int, ...]:
         return (self.num_envs, *self.act_space.shape)
-
-    @property
-    def _dtype(self) -> np.dtype:
-        small = self.act_space.kind == "discrete" and max(self.act_space.classes) <= 256
-        return np.dtype(np.uint8 if small else self.act_space.dtype)
 
     @property
     def crashes(self) -> int:

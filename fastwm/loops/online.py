@@ -117,12 +117,12 @@ class OnlineRun:
         mode = "random" if self.env_steps < self.config.replay.prefill else "train"
         with time("policy"):
             action, self.state, latents = self.agent.act(self.rows, self.state, mode)
-        if self.replay is not None:
-            with time("replay"):
-                self.replay.add({**self.rows, "action": self._stored(action), **latents})
         with time("env"):
             self.envs.send(action)
         self.under_way = True
+        if self.replay is not None:  # while the environments step
+            with time("replay"):
+                self.replay.add({**self.rows, "action": self._stored(action), **latents})
         self.env_steps += self.config.envs
         if not self.config.overlap:
             self.receive()
@@ -140,9 +140,11 @@ class OnlineRun:
     def _stored(self, action: np.ndarray) -> np.ndarray:
         """What the replay keeps of the actions: zeros where the episode is over."""
         last = self.rows["is_last"]
-        if not last.any():
+        if not np.count_nonzero(last):
             return action
-        return np.where(last.reshape(-1, *[1] * (action.ndim - 1)), np.zeros_like(action), action)
+        action = action.copy()
+        action[last] = 0
+        return action
 
     def learn(self) -> None:
         """As many updates as the train ratio asks for, once the replay holds enough.
@@ -192,14 +194,16 @@ class OnlineRun:
                 self.logger.train.add(metrics)
 
     def _count_episodes(self) -> None:
-        rows = self.rows
-        self.score[rows["is_first"]] = 0.0
-        self.score += rows["reward"]
+        rows, first = self.rows, self.rows["is_first"]
         self.length += 1
-        self.length[rows["is_first"]] = 0
-        for i in np.flatnonzero(rows["is_last"]):
-            self.episodes += 1
-            self.logger.episode(self.score[i], self.length[i])
+        if np.count_nonzero(first):
+            self.score[first], self.length[first] = 0.0, 0
+        self.score += rows["reward"]
+        last = rows["is_last"]
+        if np.count_nonzero(last):
+            scores, lengths = self.score[last].tolist(), self.length[last].tolist()
+            self.episodes += len(scores)
+            self.logger.ended(scores, lengths)
 
     def evaluate_if_due(self) -> None:
         at_end = self.config.eval.every > 0 and not self.wants_more()
