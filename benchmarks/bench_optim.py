@@ -17,7 +17,7 @@ def test_laprop_agc(benchmark, backend):
     step, lr = torch.tensor(4), torch.tensor(1e-4)
     with ops.use_backend(backend):
         benchmark(lambda: ops.laprop_agc_(params, grads, mu, nu, step, lr))
-    report(benchmark, 36 * sum(p.numel() for p in params))
+    report(benchmark, 36 * sum(p.numel() for p in params), device="cpu")
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "fused"])
@@ -38,7 +38,7 @@ def test_adam(benchmark, backend):
 
     with ops.use_backend("reference" if backend == "reference" else "fused"):
         benchmark(by_torch if backend == "torch" else ours)
-    report(benchmark, 32 * sum(p.numel() for p in params))
+    report(benchmark, 32 * sum(p.numel() for p in params), device="cpu")
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
@@ -47,4 +47,4 @@ def test_ema(benchmark, backend):
     slow, fast = ([torch.rand(shape) for shape in SHAPES] for _ in range(2))
     with ops.use_backend(backend):
         benchmark(lambda: ops.ema_(slow, fast, 0.02))
-    report(benchmark, 12 * sum(p.numel() for p in slow))
+    report(benchmark, 12 * sum(p.numel() for p in slow), device="cpu")

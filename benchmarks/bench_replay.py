@@ -18,7 +18,7 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, record
 
 from fastwm import ops
 from fastwm import replay as replay_module
@@ -103,7 +103,14 @@ def sampled_runs(replay, out):
     return itertools.cycle(plans)
 
 
-def report(benchmark, moved, calls, rounds):
+def run(benchmark, name, call):
+    """Time it, and keep it for the file of `--save`."""
+    benchmark(call)
+    if benchmark.stats is not None:  # not --benchmark-disable
+        record(benchmark, name)
+
+
+def compare(benchmark, moved, calls, rounds):
     """Fill extra_info; calls = [this, memcpy, numpy]."""
     this, memcpy, numpy = interleaved(calls, rounds)
     benchmark.extra_info.update(
@@ -131,8 +138,8 @@ def test_sample(benchmark, filled, backend):
             move(*run)
 
     call()
-    report(benchmark, moved, [call, memcpy, lambda: plain.sample(BATCH)], 200)
-    benchmark(call)
+    compare(benchmark, moved, [call, memcpy, lambda: plain.sample(BATCH)], 200)
+    run(benchmark, backend, call)
 
 
 @pytest.mark.parametrize("backend", ["native", "numpy"])
@@ -149,15 +156,15 @@ def test_add(benchmark, filled, backend):
 
     def memcpy():
         slot, move = next(clock) % step, ctypes.memmove
-        for ring, rows, record in pairs:
+        for ring, rows, size in pairs:
             for env in range(ENVS):
-                move(ring + (env * step + slot) * record, rows + env * record, record)
+                move(ring + (env * step + slot) * size, rows + env * size, size)
 
-    report(
+    compare(
         benchmark, ENVS * native.bytes_per_row,
         [lambda: replay.add(row), memcpy, lambda: plain.add(row)], 500,
     )  # fmt: skip
-    benchmark(replay.add, row)
+    run(benchmark, backend, lambda: replay.add(row))
 
 
 @pytest.mark.parametrize("storage", ["ram", "cuda"])
@@ -188,7 +195,7 @@ def test_learner_batch(benchmark, kind, storage):
 
     call()
     benchmark.extra_info["bytes"] = sum(x.nbytes for x in transfer.sample().values())
-    benchmark(call)
+    run(benchmark, storage, call)
 
 
 def test_write_back(benchmark, filled):
@@ -200,4 +207,4 @@ def test_write_back(benchmark, filled):
     deter = torch.ones((BATCH, LENGTH, 2048), dtype=torch.bfloat16)
     stoch = torch.ones((BATCH, LENGTH, 32), dtype=torch.uint8)
     benchmark.extra_info["bytes"] = deter.nbytes + stoch.nbytes
-    benchmark(native.update_latents, ids, deter, stoch)
+    run(benchmark, "native", lambda: native.update_latents(ids, deter, stoch))

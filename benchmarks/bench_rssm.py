@@ -1,16 +1,19 @@
 """RSSM: the posterior sequence and the rollout, fused against the plain PyTorch loop, in one run.
 
-`compiled` is torch.compile of the reference, unrolled; it takes minutes to compile at T = 64, so
-it runs only with FASTWM_BENCH_COMPILE=1 and at T = 8. GFLOP/s count what the loop and the hoisted
-products must compute: forward 80 U^2 multiplications a row at these sizes, backward twice that.
+`compiled` is torch.compile of one step of the reference, called T times: a minute or two a size.
+The whole loop unrolled compiles for half an hour at T = 64 and is what nobody waits for.
+FASTWM_BENCH_COMPILE=0 leaves it out. GFLOP/s count what the loop and the hoisted products must
+compute: forward 69 U^2 multiplications a row at these sizes, backward twice that.
 """
 
 import os
 
 import pytest
 import torch
+from conftest import report
 
 from fastwm import ops
+from fastwm.ops._products import multiplies_low
 from fastwm.ops.rssm import RSSMWeights
 
 # D, U, K, E of the published sizes; S = 32, G = 8, A = 6.
@@ -68,45 +71,53 @@ def observe_call(function, weights, inputs, train):
     return call
 
 
-def run(benchmark, call, flops):
+def compiled_steps():
+    """`rssm_observe_ref` as a loop over its compiled step."""
+    torch._dynamo.reset()
+    step = torch.compile(ops.rssm_observe_ref, fullgraph=True, dynamic=False)
+
+    def call(weights, deter, stoch, tokens, prev_action, is_first, noise):
+        rows = []
+        for t in range(is_first.shape[1]):
+            now = slice(t, t + 1)
+            inputs = tokens[:, now], prev_action[:, now], is_first[:, now], noise[:, now]
+            rows.append(step(weights, deter, stoch, *inputs))
+            deter, stoch = rows[-1][0][:, 0], rows[-1][2][:, 0]
+        return tuple(torch.cat(parts, 1) for parts in zip(*rows, strict=True))
+
+    return call
+
+
+def run(benchmark, call, flops, moved, rounds=8, **where):
+    """moved: tensors that must be read or written at least once."""
     call()
-    benchmark.extra_info["flops"] = flops
-    benchmark.pedantic(call, rounds=8, warmup_rounds=1)
-    benchmark.extra_info["GFLOP/s"] = flops / benchmark.stats.stats.median / 1e9
+    benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
+    where = {"device": "cpu"} | where
+    report(benchmark, 4 * sum(x.numel() for x in moved), flops, **where)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-def test_observe(benchmark, size, backend, mode, batch=16, time=64):
-    benchmark.group = f"rssm_observe {mode} {size} B{batch} T{time}"
-    train = mode != "forward"
-    weights = make_weights(*SIZES[size])
-    call = observe_call(ops.rssm_observe, weights, make_inputs(size, batch, time), train)
-    flops = 2 * 69 * SIZES[size][1] ** 2 * batch * time * (3 if train else 1)
-    with ops.use_backend(backend):
-        run(benchmark, call, flops)
-
-
-@pytest.mark.skipif(not os.environ.get("FASTWM_BENCH_COMPILE"), reason="minutes of compilation")
 @pytest.mark.parametrize("backend", ["reference", "compiled", "fused"])
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-def test_observe_short(benchmark, backend, mode, size="size1m", batch=16, time=8):
+def test_observe(benchmark, size, backend, mode, batch=16, time=64):
+    if backend == "compiled" and os.environ.get("FASTWM_BENCH_COMPILE") == "0":
+        pytest.skip("FASTWM_BENCH_COMPILE=0")
     benchmark.group = f"rssm_observe {mode} {size} B{batch} T{time}"
-    function = {
-        "reference": ops.rssm_observe_ref,
-        "compiled": torch.compile(ops.rssm_observe_ref, fullgraph=True),
-        "fused": ops.rssm_observe,
-    }[backend]
     train = mode != "forward"
-    inputs = make_inputs(size, batch, time)
-    call = observe_call(function, make_weights(*SIZES[size]), inputs, train)
-    run(benchmark, call, 2 * 69 * SIZES[size][1] ** 2 * batch * time * (3 if train else 1))
+    weights, inputs = make_weights(*SIZES[size]), make_inputs(size, batch, time)
+    function = compiled_steps() if backend == "compiled" else ops.rssm_observe
+    call = observe_call(function, weights, inputs, train)
+    flops = 2 * 69 * SIZES[size][1] ** 2 * batch * time * (3 if train else 1)
+    moved = [*leaves_of(weights), *inputs.values()] * (3 if train else 1)
+    with ops.use_backend("fused" if backend == "fused" else "reference"):
+        run(benchmark, call, flops, moved)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("backend", [*BACKENDS, "fused bf16"])
 def test_imagine(benchmark, size, backend, count=1024, length=15):
+    if backend.endswith("bf16") and not multiplies_low():
+        pytest.skip("this CPU does not multiply bfloat16")
     benchmark.group = f"rssm_imagine {size} N{count} I{length}"
     weights, inputs = make_weights(*SIZES[size]), make_inputs(size, count, 1)
     noise = torch.rand(length, count, 32)
@@ -119,7 +130,8 @@ def test_imagine(benchmark, size, backend, count=1024, length=15):
             )
 
     with ops.use_backend(backend.split()[0]):
-        run(benchmark, call, 2 * 77 * SIZES[size][1] ** 2 * count * length)
+        moved = [*leaves_of(weights), torch.empty(length, *inputs["deter"].shape)]
+        run(benchmark, call, 2 * 77 * SIZES[size][1] ** 2 * count * length, moved)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -130,7 +142,7 @@ def test_act(benchmark, size, backend, envs=8):
     weights, inputs = make_weights(*SIZES[size]), make_inputs(size, envs, 1)
     call = observe_call(ops.rssm_observe, weights, inputs, False)
     with ops.use_backend(backend):
-        run(benchmark, call, 2 * 69 * SIZES[size][1] ** 2 * envs)
+        run(benchmark, call, 2 * 69 * SIZES[size][1] ** 2 * envs, leaves_of(weights), 100)
 
 
 @pytest.mark.parametrize("batch, inputs, deter", [(16, 512, 512), (1024, 512, 512)])
@@ -182,4 +194,4 @@ def test_observe_captured(benchmark, monkeypatch, size, mode, products, loop, ba
 
     flops = 2 * 69 * SIZES[size][1] ** 2 * batch * time * (3 if train else 1)
     with ops.use_backend("reference" if loop == "reference" else "fused"):
-        run(benchmark, captured(cast), flops)
+        run(benchmark, captured(cast), flops, leaves_of(weights), name=loop, device="cuda")

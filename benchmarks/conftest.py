@@ -121,51 +121,61 @@ def time_op(benchmark, variant: str, mode: str) -> Callable:
 RECORDS: list[dict] = []  # what `report` was told, for the table and the file
 
 
-def _fastest(call: Callable[[], object], repeats: int = 7) -> float:
+def _fastest(call: Callable[[], object], device: str, repeats: int = 7) -> float:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         call()
+        if device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
 
 @functools.cache
-def memcpy_seconds(moved: int) -> float:
+def memcpy_seconds(moved: int, device: str) -> float:
     """How long a copy takes that reads and writes `moved` bytes together."""
-    source = torch.zeros(max(1, moved // 8))
+    source = torch.zeros(max(1, moved // 8), device=device)
     target = torch.empty_like(source)
     repeats = max(1, 2**20 // max(1, moved))
-    return _fastest(lambda: [target.copy_(source) for _ in range(repeats)]) / repeats
+    return _fastest(lambda: [target.copy_(source) for _ in range(repeats)], device) / repeats
 
 
 @functools.cache
-def gemm_rate() -> float:
+def gemm_rate(device: str) -> float:
     """Operations per second of a large float32 product."""
-    a, b = torch.rand(2, 768, 768)
-    return 2 * 768**3 / _fastest(lambda: a @ b)
+    a, b = torch.rand(2, 768, 768, device=device)
+    return 2 * 768**3 / _fastest(lambda: a @ b, device)
 
 
-def report(benchmark, moved: int, flops: int = 0) -> None:
+def report(
+    benchmark, moved: int, flops: int = 0, name: str | None = None, device: str = DEVICE
+) -> None:
     """Adds bytes, GB/s at the median and the share of the floor to the results.
 
     The floor is a memcpy of as many bytes, or a product of as many operations where that takes
-    longer, measured in the same process.
+    longer, measured in the same process on `device`. name: of the variant, if no parameter is.
     """
     info = benchmark.extra_info
     info["machine"], info["bytes"] = machine_line(), moved
     if benchmark.stats is None:  # --benchmark-disable
         return
     median = benchmark.stats.stats.median
-    floor = max(memcpy_seconds(moved), flops / gemm_rate() if flops else 0.0)
+    floor = max(memcpy_seconds(moved, device), flops / gemm_rate(device) if flops else 0.0)
     info["GB/s"], info["floor"] = round(moved / median / 1e9, 2), round(floor / median, 3)
     if flops:
         info["GFLOP/s"] = round(flops / median / 1e9, 1)
-    name = benchmark.params.get("variant") or benchmark.params.get("backend") or "fused"
+    params = benchmark.params
+    record(benchmark, name or params.get("variant") or params.get("backend") or "fused")
+
+
+def record(benchmark, name: str) -> None:
+    """Keeps the median and what is in extra_info for the table and the file."""
+    stats, info = benchmark.stats.stats, benchmark.extra_info
     RECORDS.append(
-        {"group": benchmark.group, "variant": name, "median_ms": 1e3 * median,
-         "iqr_ms": 1e3 * benchmark.stats.stats.iqr}
-        | {key: info[key] for key in ("bytes", "GB/s", "GFLOP/s", "floor") if key in info}
+        {"group": benchmark.group, "variant": name, "median_ms": 1e3 * stats.median,
+         "iqr_ms": 1e3 * stats.iqr}
+        | {key: value for key, value in info.items() if key != "machine"}
     )  # fmt: skip
 
 

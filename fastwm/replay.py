@@ -358,11 +358,13 @@ class Replay:
         return batch
 
     def _check_out(self, out: Batch, batch_size: int) -> Batch:
+        on_cpu = self.device.type == "cpu"
         for name, shape, dtype in self._layout(batch_size):
-            got = out.get(name)
-            fits = got is not None and got.shape == shape and got.dtype == dtype
-            kind = "cpu" if name == "ids" else self.device.type
-            if not fits or not (got.is_contiguous() and got.device.type == kind):
+            got = out.get(name)  # cheap ways to ask: this is a sixth of a batch of vectors
+            fits = got is not None and got.dtype is dtype and got.shape == shape
+            where = on_cpu or name == "ids"
+            if not (fits and got.is_contiguous() and (got.is_cpu if where else got.is_cuda)):
+                kind = "cpu" if where else self.device.type
                 seen = "nothing" if got is None else f"{tuple(got.shape)} {got.dtype} {got.device}"
                 raise ValueError(
                     f"replay: expected out[{name!r}] contiguous on the {kind.upper()} of shape "
@@ -374,7 +376,7 @@ class Replay:
         """Choose windows, write (env, row 1) into ids (B, 2); returns how many were online."""
         if self._native is not None:
             taken, dropped, self._draws = self._native.plan(
-                ids.data_ptr(), len(ids), online, self._rng_key, self._draws
+                ids.data_ptr(), ids.shape[0], online, self._rng_key, self._draws
             )
             self._totals["online_dropped"] += dropped
             return taken

@@ -79,7 +79,7 @@ class HostRings:
         if self.native is not None:
             self.native.gather(
                 [batch[name].data_ptr() for name in self.outputs], batch["ids"].data_ptr(),
-                len(batch["ids"]), batch["is_first"].data_ptr(), batch["is_last"].data_ptr(),
+                batch["ids"].shape[0], batch["is_first"].data_ptr(), batch["is_last"].data_ptr(),
             )  # fmt: skip
             return
         ids = batch["ids"].tolist()
