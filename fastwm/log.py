@@ -209,7 +209,8 @@ class Logger:
             return
         if time.time() - self.bar.last_print_t >= self.bar.mininterval:  # it is drawn now
             self.bar.set_description_str(self._line(env_steps, updates), refresh=False)
-        self.bar.update(env_steps - self.bar.n)
+        # The last decisions of all environments may go beyond the end; tqdm would forget it then.
+        self.bar.update(min(env_steps, self.bar.total) - self.bar.n)
 
     def _line(self, env_steps: int, updates: int) -> str:
         """What the terminal line says beside the progress."""
@@ -226,7 +227,7 @@ class Logger:
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
-        if self.bar:
+        if self.bar and not isinstance(self.bar.fp, _Lines):
             self.bar.write(text, file=sys.stdout)
         else:
             print(text)
@@ -358,13 +359,29 @@ def _open_board(run: Path, env_steps: int) -> Any:
     return SummaryWriter(str(run), purge_step=env_steps + 1 if env_steps else None)
 
 
+class _Lines:
+    """What tqdm writes to where no terminal is: a line each time, instead of the same one again."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self.stream.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
 def _open_bar(steps: int, env_steps: int, every_s: float) -> Any:
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()
     return tqdm(
         total=steps,
-        initial=env_steps,
+        initial=min(env_steps, steps),
+        file=sys.stderr if terminal else _Lines(sys.stderr),
+        delay=0 if terminal else 1e-9,  # no line before there is something to tell
         unit=" env_steps",
         unit_scale=True,
         dynamic_ncols=True,

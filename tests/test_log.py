@@ -206,6 +206,23 @@ def test_the_bar_tells_what_matters(tmp_path, capsys):
     log.close()
 
 
+def test_a_file_gets_whole_lines_and_keeps_the_end(tmp_path, capfd):
+    """Neither carriage returns nor the bar again with every message; the end stays known."""
+    log = logger(tmp_path, every_s=0.001)
+    log.say("hello")
+    log.bar.mininterval = 0
+    time.sleep(0.01)
+    log.tick(50, 5)
+    log.say("there")
+    log.tick(log.steps + 7, 9)
+    log.close()
+    out, err = capfd.readouterr()
+    assert out == "hello\nthere\n"
+    lines = err.splitlines()
+    assert "\r" not in err and all("ETA" in line for line in lines) and "50%" in lines[0]
+    assert "100%" in lines[-1] and "?" not in lines[-1].split("env_steps")[0]
+
+
 def test_short_names_are_those_that_readers_look_for():
     promised = {"eval_return", "model_loss", "actor_loss", "value_loss", "kl_divergence"}
     assert set(SHORT) >= promised | {"train_return", "train_length", "eval_length"}
