@@ -74,6 +74,10 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
+  // image: logits and bytes (N, …) -> (N,); on the CPU only
+  m.def("image_loss(Tensor logits, Tensor target) -> Tensor");
+  m.def("image_loss_backward(Tensor grad_loss, Tensor logits, Tensor target) -> Tensor");
+
   // pool: images (N, H, W, C); also what the norm saw, (N, H/2, W/2, C), and where it came from
   m.def("pool_silu(Tensor x, Tensor bias, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("pool_silu_backward(Tensor grad_y, Tensor pooled, Tensor index, Tensor scale, float eps, "

@@ -341,7 +341,7 @@ class Decoder(nn.Module):
     """State (deter, stoch) -> one prediction per observation key.
 
     Vectors come back in symlog space (..., *shape), discrete keys as logits (..., sum(classes)),
-    images as (..., H, W, C) in [0, 1].
+    images as (..., H, W, C) in [0, 1], or as their logits without `squash`.
     """
 
     def __init__(
@@ -389,7 +389,12 @@ class Decoder(nn.Module):
             self.image_out = Conv(widths[-1], channels, kernel, norm=False)
             init_weight_(self.image_out.weight, widths[-1] * kernel * kernel, outscale)
 
-    def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:  # (..., D), (..., S*K)
+    def forward(
+        self,
+        deter: Tensor,  # (..., D)
+        stoch: Tensor,  # (..., S*K)
+        squash: bool = True,
+    ) -> dict[str, Tensor]:
         out = {}
         if self.vector_keys:
             x = self.mlp(torch.cat([stoch, deter], -1))
@@ -398,7 +403,8 @@ class Decoder(nn.Module):
                 if self.space[key].kind == "vector":
                     out[key] = out[key].reshape(*deter.shape[:-1], *self.space[key].shape)
         if self.image_keys:
-            out.update(self.decode_images(deter, stoch))
+            images = self.decode_images(deter, stoch)
+            out |= {k: torch.sigmoid(x) for k, x in images.items()} if squash else images
         return out
 
     def decode_images(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
@@ -412,7 +418,7 @@ class Decoder(nn.Module):
         for conv in self.convs:
             x = channel_norm(ops.upsample_conv2d(x, conv.weight, conv.bias), conv.scale)
         x = ops.upsample_conv2d(x, self.image_out.weight, self.image_out.bias)
-        x = torch.sigmoid(x.float()).permute(0, 2, 3, 1)
+        x = x.float().permute(0, 2, 3, 1)
         x = x.reshape(*lead, *x.shape[1:])
         sizes = [self.space[key].shape[2] for key in self.image_keys]
         return dict(zip(self.image_keys, x.split(sizes, -1), strict=True))

@@ -7,6 +7,7 @@ from fastwm.ops._backend import available, backend_info, use_backend
 from fastwm.ops._rssm_layernorm import gru_step_layernorm, gru_step_layernorm_ref
 from fastwm.ops.gather import gather_windows, gather_windows_ref
 from fastwm.ops.gmm import gmm_nll, gmm_nll_ref
+from fastwm.ops.image import image_loss, image_loss_ref
 from fastwm.ops.lambda_return import lambda_return, lambda_return_ref
 from fastwm.ops.latent import (
     kl_balance,
@@ -73,6 +74,8 @@ __all__ = [
     "gru_step_layernorm",
     "gru_step_layernorm_ref",
     "gru_step_ref",
+    "image_loss",
+    "image_loss_ref",
     "kl_balance",
     "kl_balance_ref",
     "lambda_return",

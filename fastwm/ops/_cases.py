@@ -110,6 +110,12 @@ def mlp(batch: int) -> Case:
 
 
 @_case
+def image_loss(batch: int) -> Case:
+    target = torch.randint(256, (batch, 2, 3, 5, 3), dtype=torch.uint8)
+    return Case((torch.randn(batch, 2, 3, 5, 3), target), wrt=(0,))
+
+
+@_case
 def pool_silu(batch: int) -> Case:
     return Case((torch.randn(batch, 9, 6, 5), torch.randn(9), torch.rand(9) + 0.5), wrt=(0, 1, 2))
 

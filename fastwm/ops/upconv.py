@@ -50,9 +50,9 @@ def _phase_map(like: Tensor) -> Tensor:  # (2, 3, 5)
 
 
 def phase_weight(weight: Tensor) -> Tensor:  # (C', C, 5, 5) -> (4C', C, 3, 3)
-    """The 3x3 kernels of the four phases, ordered as `pixel_shuffle` wants them."""
+    """The 3x3 kernels of the four phases: row parity, column parity, C'."""
     fold = _phase_map(weight)
-    phases = torch.einsum("adu,bev,ocuv->oabcde", fold, fold, weight)
+    phases = torch.einsum("adu,bev,ocuv->abocde", fold, fold, weight)
     return phases.reshape(4 * weight.shape[0], weight.shape[1], 3, 3)
 
 
@@ -75,7 +75,15 @@ def upsample_conv2d(
         F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=2)
     """
     _check(x, weight, bias)
-    if x.shape[0] == 0:  # the library's pixel_shuffle has no gradient for empty batches
+    if x.shape[0] == 0:  # no sizes to infer
         return upsample_conv2d_ref(x, weight, bias)
-    phase_bias = None if bias is None else bias.repeat_interleave(4)
-    return F.pixel_shuffle(F.conv2d(x, phase_weight(weight), phase_bias, padding=1), 2)
+    phase_bias = None if bias is None else bias.repeat(4)
+    y = F.conv2d(x, phase_weight(weight), phase_bias, padding=1)
+    count, _, height, width = y.shape
+    size = (count, 2 * height, 2 * width, weight.shape[0])
+    if y.is_contiguous(memory_format=torch.channels_last):
+        # Channels-last two neighbours of a row lie together: half of the library's pixel_shuffle.
+        rows = y.permute(0, 2, 3, 1).unflatten(-1, (2, -1)).transpose(2, 3)  # (N, H, 2, W, 2C')
+        return rows.reshape(size).permute(0, 3, 1, 2)
+    phases = y.unflatten(1, (2, 2, -1)).permute(0, 3, 4, 1, 5, 2)  # (N, C', H, 2, W, 2)
+    return phases.reshape(count, -1, *size[1:3])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastwm import ops
-from fastwm.distributions import bernoulli_loss, image_mse, multi_categorical_loss, symlog_mse
+from fastwm.distributions import bernoulli_loss, multi_categorical_loss, symlog_mse
 from fastwm.nets import Decoder, Encoder, Head, one_hot_encode
 from fastwm.rssm import RSSM, feat
 from fastwm.spaces import Space
@@ -27,6 +27,8 @@ class WorldModel(nn.Module):
 
     discount: factor folded into the target of the continue head (1 to leave it out).
     """
+
+    image_loss = staticmethod(ops.image_loss)  # of what the decoder gives, against bytes
 
     def __init__(
         self,
@@ -76,7 +78,7 @@ class WorldModel(nn.Module):
         losses["rew"] = ops.twohot_loss(self.reward(features), batch["reward"], self.reward_bins)
         alive = 1.0 - batch["is_terminal"].float()
         losses["con"] = bernoulli_loss(self.cont(features).squeeze(-1), alive * self.discount)
-        recon = self.decoder(post.deter, post.stoch.flatten(-2))
+        recon = self.decoder(post.deter, post.stoch.flatten(-2), squash=False)
         losses.update(self.recon_losses(recon, batch))
         return losses, metrics
 
@@ -94,7 +96,7 @@ class WorldModel(nn.Module):
             if key not in recon:  # decoder.cnn_keys and mlp_keys leave it out
                 continue
             if space.kind == "image":
-                loss = image_mse(recon[key], batch[key])
+                loss = self.image_loss(recon[key], batch[key])
             elif space.kind == "discrete":
                 loss = multi_categorical_loss(recon[key], batch[key], space.classes)
             else:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastwm import ops
-from fastwm.distributions import bernoulli_loss
+from fastwm.distributions import bernoulli_loss, image_mse
 from fastwm.nets_2023 import Decoder, Encoder, Head
 from fastwm.rssm import feat
 from fastwm.rssm_2023 import RSSM
@@ -20,6 +20,8 @@ class WorldModel2023(WorldModel):
     grad_heads: those of decoder, reward and cont whose losses reach the state; the others learn
     from a detached one.
     """
+
+    image_loss = staticmethod(image_mse)  # this decoder gives images, not logits
 
     def __init__(
         self,
