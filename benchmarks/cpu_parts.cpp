@@ -1,5 +1,5 @@
-// Where the nanoseconds of twohot_loss and kl_balance go on a CPU: their parts alone, in cache, and the
-// whole kernels. From the checkout:
+// Where the nanoseconds of twohot_loss, kl_balance and a step of the sequence go on a CPU: their parts
+// alone, in cache, and the whole kernels. From the checkout:
 //   g++ -std=c++20 -O3 -fno-math-errno -fno-trapping-math -fopenmp-simd -Icsrc benchmarks/cpu_parts.cpp \
 //     csrc/cpu/twohot.cpp csrc/cpu/latent.cpp csrc/cpu/latent_kl.cpp csrc/cpu/dispatch.cpp -o cpu_parts
 //   ./cpu_parts        FASTWM_CPU_CAPABILITY=default: without AVX2
@@ -36,7 +36,7 @@ static void show(const char* name, int64_t numbers, const F& call) {
     for (int i = 0; i < 8; ++i) call();
     best = std::min(best, now() - start);
   }
-  printf("%-44s %6.2f ns a number\n", name, best / 8 * 1e9 / (double)numbers);
+  printf("%-44s %7.3f ns a number\n", name, best / 8 * 1e9 / (double)numbers);
 }
 
 static std::vector<float> random_floats(int64_t count, float most) {
@@ -76,6 +76,17 @@ static void whole_kl(int64_t rows, int64_t classes) {
   });
 }
 
+// What a step of size12m multiplies: 16 rows with 17.8 MB of packed weights, again and again.
+static void step_product(int64_t rows) {
+  constexpr int64_t depth = 2048, columns = 2176;
+  std::vector<float> weights = random_floats(depth * columns, 0.1f);
+  std::vector<float> x = random_floats(rows * depth, 1.0f), y((size_t)(rows * columns));
+  printf("product of %ld rows with 17.8 MB of packed weights\n", (long)rows);
+  show("  a multiply-add", rows * depth * columns, [&] {
+    FWM_CALL(panels)(weights.data(), x.data(), y.data(), rows, depth, columns);
+  });
+}
+
 int main() {
   constexpr int64_t N = 4096;
   std::vector<float> x = random_floats(N, 4.0f), y(N), negative(N), positive(N);
@@ -93,11 +104,12 @@ int main() {
   for (const int64_t classes : {16, 64}) {
     for (const int64_t rows : {32, 1024}) whole_kl(rows, classes);
   }
+  step_product(16);
 }
 
 #else
 
-#include "cpu/vec.h"
+#include "cpu/rssm_body.h"
 
 #include "cpu/softmax_rows.h"
 
@@ -127,6 +139,14 @@ __attribute__((noinline)) void turn(float* x, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 * kLanes) {
     turn_rows(x + i, 64, lanes);
     turn_rows_back(lanes, 64, x + i);
+  }
+}
+
+__attribute__((noinline)) void panels(const float* weights, const float* x, float* y, int64_t rows,
+                                      int64_t depth, int64_t columns) {
+  for (int64_t column = 0; column < columns; column += kPanel) {
+    const Target to{nullptr, 0, y + column, columns, kPanel};
+    product(weights + column * depth, Part{x, depth, depth}, kNone, to, 0, rows);
   }
 }
 
