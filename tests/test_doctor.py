@@ -19,6 +19,15 @@ def test_it_prints_every_default_and_its_reason(capsys):
         assert settings[key] == ("auto" if key in defaults.DEFAULTS else value)
 
 
+@pytest.mark.parametrize("load, advice", [(0.1, False), (9.0, True)])
+def test_it_says_when_the_cores_are_busy(load, advice, monkeypatch, capsys):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    doctor.main([])
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("--threads "))
+    assert ("--threads 1" in line and "(load 9.0)" in line) == advice
+    assert line.split()[1] == f"{config.load(['dreamerv3'])[0].threads}:"
+
+
 def test_agents_follow_it():
     cpu, agent = torch.device("cpu"), tiny_agent()
     assert agent.precision == defaults.precision(cpu).value

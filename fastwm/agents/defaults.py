@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -61,6 +62,19 @@ def storage(device: torch.device) -> Default:
     return Default("ram", "it holds most; cuda samples where the learner is, if the rows fit there")
 
 
+def threads(device: torch.device) -> Default:
+    """Of PyTorch on the CPU; 0 leaves them as PyTorch has them. Those of envpool, one a core, sleep
+    while they wait and stay out of the way; PyTorch's wait by spinning for some milliseconds."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    if load < cores / 2:
+        return Default("0", "one a core; they spin while they wait, which is fastest on idle cores")
+    return Default(
+        "0",
+        "one a core; they spin while they wait, which starves other programs and is slow beside "
+        f"them: these {cores} cores are busy (load {load:.1f}), so take --threads 1",
+    )
+
+
 DEFAULTS = {"precision": precision, "compile": compiled, "cudagraphs": cudagraphs}
 
 
@@ -74,6 +88,6 @@ def lines() -> Iterator[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     yield f"defaults on {name}:"
-    for key, default in [*DEFAULTS.items(), ("replay.storage", storage)]:
+    for key, default in [*DEFAULTS.items(), ("replay.storage", storage), ("threads", threads)]:
         value, reason = default(device)
         yield f"--{key:<19}{value}: {reason}"
