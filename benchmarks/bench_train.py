@@ -2,7 +2,7 @@
 
     pytest benchmarks/bench_train.py                                       # size1m, in two ways
     python benchmarks/bench_train.py update --sizes size1m size12m --json update.json
-    python benchmarks/bench_train.py parts size1m                          # where the time goes
+    python benchmarks/bench_train.py parts size1m --kind image             # where the time goes
     python benchmarks/bench_train.py acting
     python benchmarks/bench_train.py start                                 # until the first update
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import machine_line
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastwm import assemble, envs, ops
 from fastwm import config as configs
@@ -160,8 +162,47 @@ def split_update(agent: DreamerAgent, replay: Replay, clock: Stopwatch) -> None:
     clock("replay write-back", replay.update_latents, batch["ids"], *latents.values())
 
 
-def report_parts(preset: str, rounds: int) -> None:
-    agent = make_agent(preset, VECTOR)
+KINDS_OF_WORK = {  # what a profiler's name is called in the table; the first that fits
+    "library products": r"aten::(addmm|mm|bmm|addbmm|baddbmm)",
+    "library convolutions": r"aten::(mkldnn_|cudnn_)?convolution",
+    "sequence and rollout": r"fastwm::(rssm_|gru_)",
+    "convolution's gradient": r"fastwm::pool_conv",
+    "losses, norms, samples": r"fastwm::(?!laprop|adam|ema)",
+    "optimizer": r"fastwm::(laprop|adam|ema)",
+    "copies and zeros": r"aten::(copy_|cat|fill_|zero_|clone|pixel_)",
+}
+
+
+def shares_of_work(agent: DreamerAgent, transfer: Transfer, rounds: int) -> dict[str, float]:
+    """Share of the processor's time by kind of work, of whole updates under torch.profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(rounds):
+            whole_update(agent, transfer)
+    times = dict.fromkeys([*KINDS_OF_WORK, "all else"], 0.0)
+    for event in profile.key_averages():
+        fits = (kind for kind, name in KINDS_OF_WORK.items() if re.match(name, event.key))
+        times[next(fits, "all else")] += event.self_cpu_time_total
+    total = sum(times.values())
+    return {kind: time / total for kind, time in times.items()}
+
+
+def product_rate(rounds: int = 9) -> float:
+    """FLOP per second of the library's float32 product of two 2048 x 2048 matrices."""
+    a, clock = torch.randn(2048, 2048), Stopwatch()
+    for _ in range(rounds):
+        clock("mm", torch.mm, a, a)
+    return 2 * 2048**3 / (1e-3 * clock.row("mm")[0])
+
+
+def products_and_convolutions(agent: DreamerAgent, transfer: Transfer) -> int:
+    """Floating-point operations of one update: those of plain PyTorch, products per step."""
+    with ops.use_backend("reference"), FlopCounterMode(display=False) as counter:
+        whole_update(agent, transfer)
+    return counter.get_total_flops()
+
+
+def report_parts(preset: str, kind: str, rounds: int) -> None:
+    agent = make_agent(preset, KINDS[kind])
     transfer, config = make_transfer(agent), agent.config
     replay = transfer.replay
     clocks = {name: Stopwatch() for name in ("reference", "fused")}
@@ -172,7 +213,7 @@ def report_parts(preset: str, rounds: int) -> None:
                 used("whole update", whole_update, agent, transfer)
                 split_update(agent, replay, used)
     print(
-        f"\n{preset}, vector observations, {agent.parameter_counts()['total']:,} parameters, "
+        f"\n{preset}, {kind}, {agent.parameter_counts()['total']:,} parameters, "
         f"B{config.batch_size} T{config.batch_length} I{config.imag_horizon}, "
         f"{torch.get_num_threads()} threads; ms, median (IQR) of {rounds}"
     )
@@ -186,6 +227,13 @@ def report_parts(preset: str, rounds: int) -> None:
     print(
         f"replay: {replay_ms / whole:.1%} of the fused update, {replay.bytes_per_row} bytes a row"
     )
+    flops, rate = products_and_convolutions(agent, transfer), product_rate()
+    print(
+        f"products and convolutions of plain PyTorch: {flops / 1e9:.0f} GFLOP, "
+        f"{1e3 * flops / rate:.0f} ms at the library's {rate / 1e9:.0f} GFLOP/s"
+    )
+    for work, share in shares_of_work(agent, transfer, 3).items():
+        print(f"{work:42}{share:10.1%}{share * whole:10.1f} ms")
 
 
 def report_acting(task: str = "cartpole", num_envs: int = 8, seconds: float = 3.0) -> None:
@@ -307,6 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     update.add_argument("--json", type=Path, help="write the rows there too")
     parts = commands.add_parser("parts", help="one update split up")
     parts.add_argument("size", nargs="?", default="size1m")
+    parts.add_argument("--kind", choices=KINDS, default="vector")
     parts.add_argument("--rounds", type=int, default=10)
     commands.add_parser("acting", help="decisions per second beside the raw environment")
     commands.add_parser("start", help="from the start of the process to the first update")
@@ -314,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "update":
         report_updates(args)
     elif args.command == "parts":
-        report_parts(args.size, args.rounds)
+        report_parts(args.size, args.kind, args.rounds)
     else:
         {"acting": report_acting, "start": report_start}[args.command]()
 
