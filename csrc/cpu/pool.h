@@ -47,10 +47,10 @@ struct PoolConv {
   int64_t lanes() const { return (inputs + 7) / 8 * 8; }              // C in whole vectors
   int64_t taps() const { return (kernel * inputs + 7) / 8 * 8; }      // a row of the kernel in them
   int64_t sums() const { return pool.n.channels * kernel * taps(); }  // of the kernel's gradient
-  int64_t packed() const { return pool.n.channels * kernel * kernel * lanes(); }
+  int64_t packed() const { return pool.n.channels * 4 * (kernel + 1) * (kernel + 1) * lanes(); }
   int64_t scratch() const;
 };
-// weight (C', C, k, k) as (C', k, k, lanes).
+// weight (C', C, k, k) as (k + 1, C', 4, k + 1, lanes).
 void pool_conv_pack(const PoolConv& a, const float* weight, float* packed);
 // sums: (C', k, taps) of the kernel, then (2, C') as above; both overwritten. grad_x (N, H, W, C).
 void pool_conv_backward(const PoolConv& a, float* scratch, float* grad_x, float* sums,

@@ -32,13 +32,17 @@ int64_t PoolConv::scratch() const {
   return lists + padded_pixels(*this) * (inputs + (weight ? lanes() : 0)) + 8 + 64;
 }
 
+// Each kernel in four places of a square that is larger by one: where a pooled number may come
+// from.
 void pool_conv_pack(const PoolConv& a, const float* weight, float* packed) {
-  const int64_t taps = a.kernel * a.kernel, lanes = a.lanes();
-  for (int64_t o = 0; o < a.pool.n.channels; ++o) {
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      float* to = packed + (o * taps + tap) * lanes;
-      for (int64_t c = 0; c < lanes; ++c) {
-        to[c] = c < a.inputs ? weight[(o * a.inputs + c) * taps + tap] : 0.0f;
+  const int64_t k = a.kernel, side = k + 1, lanes = a.lanes(), channels = a.pool.n.channels;
+  for (int64_t i = 0; i < a.packed(); ++i) packed[i] = 0.0f;
+  for (int64_t o = 0; o < channels; ++o) {
+    for (int64_t from = 0; from < 4; ++from) {
+      for (int64_t tap = 0; tap < k * k; ++tap) {
+        const int64_t row = tap / k + (from >> 1), column = tap % k + (from & 1);
+        float* to = packed + (((row * channels + o) * 4 + from) * side + column) * lanes;
+        for (int64_t c = 0; c < a.inputs; ++c) to[c] = weight[(o * a.inputs + c) * k * k + tap];
       }
     }
   }
@@ -126,17 +130,44 @@ void add_weight_grad(const PoolConv& a, const Found& found, const float* x, floa
   }
 }
 
-// grad (padded image, lanes) += grad * kernel at every patch.
-void add_image_grad(const PoolConv& a, const Found& found, const float* weight, float* grad_x) {
-  const int64_t lanes = a.lanes(), width = a.kernel * lanes;
+// One line of each square, kVectors of it: sums of all channels' multiples of their kernels.
+template <int kVectors>
+void add_squares(const PoolConv& a, const float* grads, const uint8_t* index, const float* weight,
+                 int64_t line, float* grad_x) {
+  const int64_t channels = a.pool.n.channels, width = (a.kernel + 1) * a.lanes();
+  for (int64_t i = 0; i < a.pool.n.rows(); ++i) {
+    float* to = grad_x + 2 * i * line;
+    for (int64_t j = 0; j < a.pool.n.columns(); ++j, to += 2 * a.lanes()) {
+      Eight sum[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[v] = eight(to + 8 * v);
+      for (int64_t o = 0; o < channels; ++o) {
+        const float grad = *grads++;
+        const float* kernel = weight + (4 * o + (*index++ & 3)) * width;
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) sum[v] += grad * eight(kernel + 8 * v);
+      }
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) eight(to + 8 * v) = sum[v];
+    }
+  }
+}
+
+// The gradient of the padded image with channels in lanes, line by line of the squares.
+void add_image_grad(const PoolConv& a, const float* grads, const uint8_t* index, float* grad_x) {
+  const int64_t lanes = a.lanes(), side = a.kernel + 1, width = side * lanes;
   const int64_t line = (a.pool.n.width + a.kernel - 1) * lanes;
-  for (int64_t p = 0; p < found.count; ++p) {
-    const float grad = found.grad[p];
-    float* patch = grad_x + found.pixel[p] * lanes;
-    for (int64_t r = 0; r < a.kernel; ++r) {
-      float* to = patch + r * line;
-      const float* from = weight + r * width;
-      for (int64_t v = 0; v < width; v += 8) eight(to + v) += grad * eight(from + v);
+  for (int64_t r = 0; r < side; ++r) {
+    const float* weight = a.weight + r * a.pool.n.channels * 4 * width;
+    int64_t first = 0;
+    for (; first + 96 <= width; first += 96) {
+      add_squares<12>(a, grads, index, weight + first, line, grad_x + r * line + first);
+    }
+    for (; first + 48 <= width; first += 48) {
+      add_squares<6>(a, grads, index, weight + first, line, grad_x + r * line + first);
+    }
+    for (; first < width; first += 8) {
+      add_squares<1>(a, grads, index, weight + first, line, grad_x + r * line + first);
     }
   }
 }
@@ -217,10 +248,8 @@ void pool_conv_backward(const PoolConv& a, float* scratch, float* grad_x, float*
     for (int64_t o = 0; o < n.channels; ++o) {
       const Found list{lists + o * stride, found + o * stride, count};
       add_weight_grad(a, list, image, sums + o * kernel);
-      if (a.weight) {
-        add_image_grad(a, list, a.weight + o * a.kernel * a.kernel * a.lanes(), image_grad);
-      }
     }
+    if (a.weight) add_image_grad(a, grads, a.pool.index + i * count * n.channels, image_grad);
     if (a.weight) unpad(a, image_grad, grad_x + i * pixels * a.inputs);
   }
 }
