@@ -46,8 +46,6 @@ class Vae:
     epochs: int = key(2, "passes over all frames", 1)
     batch_size: int = key(64, "frames per update", 1)
     lr: float = key(1e-3, "learning rate of Adam", 0)
-    lr_decay: float = key(1.0, "what it is multiplied with after every update", 0, 1)
-    lr_min: float = key(1e-5, "and where that ends", 0)
     free_nats: float = key(0.5, "KL per latent dimension below which it does not count, nats", 0)
     kl_scale: float = key(1.0, "weight of the KL; below 1 small things in the picture survive", 0)
     flip: bool = key(False, "mirror half of the pictures, a new choice at every pass")

@@ -179,7 +179,6 @@ def fit_vae(run: HaRun, vae: ConvVAE) -> None:
             fit.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             fit.optimizer.step()
-            _decay(fit.optimizer, options)
             run.updates += 1
             means.add({"loss": loss.detach(), **parts})
         return means.read()
@@ -195,13 +194,6 @@ def fit_vae(run: HaRun, vae: ConvVAE) -> None:
 
     shown = test_frames if len(test_frames) else frames
     fit.epochs(learn, test, lambda epoch: vae_samples(run, vae, shown, epoch))
-
-
-def _decay(optimizer: torch.optim.Optimizer, options: Any) -> None:
-    """After every update; a checkpoint keeps where the learning rate stands."""
-    if options.lr_decay < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = max(group["lr"] * options.lr_decay, options.lr_min)
 
 
 def _parts(index: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -324,7 +316,9 @@ def fit_rnn(run: HaRun, rnn: MDNRNN, vae: ConvVAE) -> None:
             if options.clip:
                 nn.utils.clip_grad_value_(rnn.parameters(), options.clip)
             optimizer.step()
-            _decay(optimizer, options)
+            for group in optimizer.param_groups:
+                if options.lr_decay < 1:
+                    group["lr"] = max(group["lr"] * options.lr_decay, options.lr_min)
             run.updates += 1
             means.add({"loss": loss.detach(), **parts})
         return means.read()
