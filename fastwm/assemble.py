@@ -65,6 +65,7 @@ def online_run(config: Any, folder: Path, stored: dict[str, Any] | None = None) 
         folder,
         steps=config.steps,
         action_repeat=vec_env.action_repeat,
+        batch_rows=config.batch_size * config.batch_length,
         every_s=config.log.every_s,
         tensorboard=config.log.tensorboard,
         deterministic=config.deterministic,

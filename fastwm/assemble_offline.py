@@ -47,6 +47,7 @@ def offline_run(config: Any, folder: Path, stored: dict[str, Any] | None = None)
     logger = Logger(
         folder,
         steps=config.steps,
+        batch_rows=config.batch_size * config.batch_length,
         every_s=config.log.every_s,
         tensorboard=config.log.tensorboard,
         deterministic=config.deterministic,

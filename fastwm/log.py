@@ -118,7 +118,7 @@ class Logger:
     """Collects numbers and writes them every log interval.
 
     Args: run: the run folder. steps: env_steps of the whole run. action_repeat: frames per
-          env_step. every_s: seconds between refreshes of the terminal line, 0 for none.
+          env_step. batch_rows: replayed rows per update, 0 where there are none. every_s: seconds between refreshes of the terminal line, 0 for none.
           tensorboard: write event files. deterministic: leave times out of metrics.jsonl, so that
           equal runs give equal bytes. resume: state_dict() of the run that goes on, or None.
     """
@@ -129,12 +129,14 @@ class Logger:
         *,
         steps: int,
         action_repeat: int = 1,
+        batch_rows: int = 0,
         every_s: float = 0.5,
         tensorboard: bool = True,
         deterministic: bool = False,
         resume: Mapping[str, Any] | None = None,
     ) -> None:
         self.run, self.steps, self.action_repeat = Path(run), steps, action_repeat
+        self.batch_rows = batch_rows
         self.deterministic = deterministic
         self.time = Stopwatch()
         self.train = Mean()
@@ -308,7 +310,7 @@ class Logger:
     def _speed(self, env_steps: int, updates: int) -> dict[str, float]:
         seconds, shares = self.time.read()
         stepped, updated = env_steps - self.last["env_steps"], updates - self.last["updates"]
-        return {
+        speed = {
             "speed/env_steps_per_s": stepped / seconds,
             "fps": stepped * self.action_repeat / seconds,
             "speed/updates_per_s": updated / seconds,
@@ -316,6 +318,9 @@ class Logger:
             "speed/eta_s": (self.steps - env_steps) * seconds / max(stepped, 1),
             **{f"speed/share_{section}": share for section, share in shares.items()},
         }
+        if self.batch_rows:
+            speed["speed/rows_per_s"] = updated * self.batch_rows / seconds
+        return speed
 
 
 def gif(frames: Iterable[np.ndarray], fps: int = 15) -> bytes:

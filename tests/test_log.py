@@ -65,7 +65,7 @@ def test_time_shares_sum_to_one():
 
 
 def test_a_row_has_everything(tmp_path):
-    log = logger(tmp_path, action_repeat=4)
+    log = logger(tmp_path, action_repeat=4, batch_rows=8)
     log.train.add(
         {
             "loss/policy": torch.tensor(2.0),
@@ -88,6 +88,7 @@ def test_a_row_has_everything(tmp_path):
     assert first["eval_return"] == 300.0
     assert sum(v for k, v in first.items() if "share_" in k) == pytest.approx(1.0, abs=0.01)
     assert second["speed/updates_per_env_step"] == 0.2
+    assert second["speed/rows_per_s"] == pytest.approx(8 * second["speed/updates_per_s"], rel=1e-4)
     assert "episode/score" not in second and "eval/return" not in second
 
 
