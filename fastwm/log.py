@@ -118,9 +118,10 @@ class Logger:
     """Collects numbers and writes them every log interval.
 
     Args: run: the run folder. steps: env_steps of the whole run. action_repeat: frames per
-          env_step. batch_rows: replayed rows per update, 0 where there are none. every_s: seconds between refreshes of the terminal line, 0 for none.
-          tensorboard: write event files. deterministic: leave times out of metrics.jsonl, so that
-          equal runs give equal bytes. resume: state_dict() of the run that goes on, or None.
+          env_step. batch_rows: replayed rows per update, 0 where there are none. every_s: seconds
+          between refreshes of the terminal line, 0 for none. tensorboard: write event files.
+          deterministic: leave times out of metrics.jsonl, so that equal runs give equal bytes.
+          resume: state_dict() of the run that goes on, or None.
     """
 
     def __init__(
