@@ -153,7 +153,7 @@ def load_policy(run: HaRun, code: ActionCode, key: str) -> HaPolicy:
     vae, rnn = make_vae(run.config), make_rnn(run.config, code)
     controller = make_controller(run.config, code)
     mark = run.load_model("vae", vae)
-    if controller.inputs != "z":  # z alone needs no M
+    if controller.inputs != "z" or run.config.ctrl.world == "dream":  # else nothing asks M
         run.load_model("rnn", rnn)
         learned = (run.saved("rnn", "best") or {}).get("vae", mark)
         if learned != mark:
