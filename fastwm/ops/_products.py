@@ -9,9 +9,10 @@ CPU has instructions for it (elsewhere it takes 5 to 50 times longer).
 
 The two round differently: float32 sums in another order, 1e-6 relative. A run is equal bit by bit
 to another one only with the same choice. The wide margin keeps a busy machine from changing it;
-`FASTWM_PRODUCTS=blas|onednn` pins it, without timing anything. `ops.backend_info()` says what was
-chosen. What is multiplied again and again with the same weights, the steps of a sequence or of a
-rollout, is packed by our own kernels and asks nobody here.
+`FASTWM_PRODUCTS=blas|onednn` pins it, without timing anything; where PyTorch is told to use
+deterministic algorithms it is the BLAS, since no clock may decide there. `ops.backend_info()` says
+what was chosen. What is multiplied again and again with the same weights, the steps of a sequence
+or of a rollout, is packed by our own kernels and asks nobody here.
 """
 
 from __future__ import annotations
@@ -63,8 +64,10 @@ def operands(layout: str) -> tuple[Tensor, Tensor]:
     sizes = {"nt": (ROWS, INPUTS, OUTPUTS), "nn": (ROWS, OUTPUTS, INPUTS),
              "tn": (OUTPUTS, ROWS, INPUTS)}  # fmt: skip
     rows, inner, columns = sizes[layout]
-    a = torch.ones(inner, rows).t() if layout[0] == "t" else torch.ones(rows, inner)
-    b = torch.ones(columns, inner).t() if layout[1] == "t" else torch.ones(inner, columns)
+    # Whatever the defaults of PyTorch are set to: what is decided about is float32 on the CPU.
+    ones = functools.partial(torch.ones, dtype=torch.float32, device="cpu")
+    a = ones(inner, rows).t() if layout[0] == "t" else ones(rows, inner)
+    b = ones(columns, inner).t() if layout[1] == "t" else ones(inner, columns)
     return a, b
 
 
@@ -121,7 +124,7 @@ def decide(setting: str, run: Callable[..., Choice] = probe) -> Choice:
     if setting == "auto":
         return run(onednn=onednn, low=low)
     taken = frozenset(LAYOUTS) if setting == "onednn" and onednn else frozenset()
-    return Choice(taken, low, f"FASTWM_PRODUCTS={setting}", {})
+    return Choice(taken, low, f"{setting}, not timed", {})
 
 
 _made: list[Choice] = []  # the choice of this process, once there is one
@@ -131,8 +134,14 @@ def choice() -> Choice:
     """The choice of this process; made now if it was not made before."""
     if not _made:
         with torch.autocast("cpu", enabled=False):
-            _made.append(decide(os.environ.get("FASTWM_PRODUCTS", "auto") or "auto"))
+            _made.append(decide(_setting()))
     return _made[0]
+
+
+def _setting() -> str:
+    setting = os.environ.get("FASTWM_PRODUCTS") or "auto"
+    pinned = setting == "auto" and torch.are_deterministic_algorithms_enabled()
+    return "blas" if pinned else setting
 
 
 @torch.compiler.assume_constant_result

@@ -80,15 +80,36 @@ def test_the_setting_pins_the_choice_without_timing():
 
 
 def test_the_choice_is_made_once(monkeypatch):
-    calls = []
     monkeypatch.setattr(P, "_made", [])
-    monkeypatch.setattr(P, "probe", lambda **kwargs: calls.append(kwargs))
     monkeypatch.setattr(P, "decide", lambda setting: P.Choice(frozenset(), False, setting, {}))
     monkeypatch.setenv("FASTWM_PRODUCTS", "")
+    torch.use_deterministic_algorithms(False)
     first = P.choice()
     monkeypatch.setenv("FASTWM_PRODUCTS", "onednn")
     assert P.choice() is first and first.reason == "auto"
     assert ops.backend_info()["products"] == "blas"
+
+
+def test_no_clock_decides_in_a_deterministic_run(monkeypatch):
+    monkeypatch.setattr(P, "decide", lambda setting: P.Choice(frozenset(), False, setting, {}))
+    torch.use_deterministic_algorithms(True)
+    for value, taken in (("", "blas"), ("auto", "blas"), ("onednn", "onednn")):
+        monkeypatch.setattr(P, "_made", [])
+        monkeypatch.setenv("FASTWM_PRODUCTS", value)
+        assert P.choice().reason == taken
+
+
+@with_onednn
+def test_the_probe_does_not_follow_the_defaults_of_torch():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = {(x.dtype, x.device.type) for key in P.LAYOUTS for x in P.operands(key)}
+            assert found == {(torch.float32, "cpu")}
+            assert probe(2.0, 1.0).onednn == frozenset(P.LAYOUTS)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @with_onednn
