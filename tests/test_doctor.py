@@ -22,6 +22,7 @@ def test_it_prints_every_default_and_its_reason(capsys):
 @pytest.mark.parametrize("load, advice", [(0.1, False), (9.0, True)])
 def test_it_says_when_the_cores_are_busy(load, advice, monkeypatch, capsys):
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
     doctor.main([])
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("--threads "))
     assert ("--threads 1" in line and "(load 9.0)" in line) == advice

@@ -123,17 +123,14 @@ def test_autocast(whole):
 
 @fused_only
 def test_two_runs_are_equal_on_any_number_of_threads():
-    leaves = stage(n=40, c=8, h=8, w=8, out=12)
+    leaves, pooled = stage(n=40, c=8, h=8, w=8, out=12), inputs(n=40, h=8, w=8)
     results, before = [], torch.get_num_threads()
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
-        results.append(gradients(conv_pool_silu, leaves)[2:] + gradients(pool_silu, inputs_of_40))
+        results.append(gradients(conv_pool_silu, leaves)[2:] + gradients(pool_silu, pooled))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-inputs_of_40 = inputs(n=40, h=8, w=8)
 
 
 def test_gradcheck_of_reference():
