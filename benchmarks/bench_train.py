@@ -163,7 +163,7 @@ def split_update(agent: DreamerAgent, replay: Replay, clock: Stopwatch) -> None:
 
 
 KINDS_OF_WORK = {  # what a profiler's name is called in the table; the first that fits
-    "library products": r"aten::(addmm|mm|bmm|addbmm|baddbmm)",
+    "library products": r"aten::(addmm|mm|bmm|addbmm|baddbmm)|mkldnn::_linear",
     "library convolutions": r"aten::(mkldnn_|cudnn_)?convolution",
     "sequence and rollout": r"fastwm::(rssm_|gru_)",
     "convolution's gradient": r"fastwm::pool_conv",
