@@ -25,8 +25,8 @@ from fastwm.spaces import Space
 
 Rows = dict[str, np.ndarray]
 FLAGS = ("is_first", "is_last", "is_terminal")
-# Names that the replay and the agent use for their own columns.
 _UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+# Names that the replay and the agent use for their own columns.
 RESERVED = frozenset({"reward", "action", "prev_action", "deter", "stoch", "ids", *FLAGS})
 
 
