@@ -73,7 +73,7 @@ class Rnn:
     episodes: tuple[int, int] = key((0, 0), WHICH, 0)
     epochs: int = key(10, "times `updates`, with an evaluation after each", 1)
     again: int = key(10, "epochs of every later round", 1)
-    updates: int = key(60, "updates per epoch; 0: one pass over all rows", 0)
+    updates: int = key(60, "updates per epoch; 0: one pass over the rows it learns from", 0)
     batch_size: int = key(32, "sequences B per update", 1)
     batch_length: int = key(64, "rows T per sequence", 1)
     optimizer: Literal["adam", "rmsprop"] = key("adam", "which")
@@ -178,14 +178,18 @@ class HaConfig:
         named = self.stage.replace(" ", "").split(",")
         if not set(named) <= {"all", *STAGES}:
             refuse("stage", f"all, or some of {', '.join(STAGES)} with commas")
-        parts = len(self.collect.episodes)
+        parts, count = len(self.collect.episodes), len(self.ctrl.generations)
+        for name, numbers in (("collect.episodes", parts), ("ctrl.generations", count)):
+            if not numbers:
+                refuse(name, "at least one number")
         if len(self.collect.policy) not in (1, parts):
             refuse("collect.policy", f"one name, or one for each of collect.episodes ({parts})")
         for name in ("vae", "rnn"):
             first, end = getattr(self, name).episodes
             if first >= end > 0:
                 refuse(f"{name}.episodes", "two numbers, the second larger, or 0 for the end")
-        count = len(self.ctrl.generations)
+        if self.rounds > 1 and 0 < self.rnn.episodes[1] <= sum(self.collect.episodes):
+            refuse("rnn.episodes", "0 as the second, so that later rounds learn from what C does")
         for name in ("samples", "time_limit"):
             if len(getattr(self.ctrl, name)) not in (1, count):
                 refuse(f"ctrl.{name}", f"one number, or one for each of ctrl.generations ({count})")

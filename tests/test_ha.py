@@ -161,8 +161,12 @@ def test_later_rounds_learn_from_what_the_controller_does(trained, tmp_path, cap
     assert (first["round"], first["epoch"], last["round"], last["epoch"]) == (0, 1, 1, 2)
     assert checkpoint.load(one / "ctrl" / "checkpoint.tar")["round"] == 1
 
+    capsys.readouterr()
     before = contents(one)  # a round that is over does not begin again, nor does a stage alone
     assert ha(one, *flags, "--rounds", "2") == ha(one, *flags, "--stage", "rnn,ctrl") == 0
+    said = capsys.readouterr().out
+    assert "a later round has begun" in said and "raise --rnn.again to go on" in said
+    assert said.count("round    2 of 2") == 2
     weights = [p for p in before if p.suffix == ".tar"]
     assert weights and all(p.read_bytes() == before[p] for p in weights)
 
@@ -363,6 +367,8 @@ def refused(capsys, run, *flags: str) -> str:
         (["--env.rows", "200"], "env.rows: expected at most the 96 rows"),
         (["--ctrl.samples", "1,2,3"], "ctrl.samples: expected one number, or one for each"),
         (["--ctrl.world", "dream"], "rnn.done: expected true"),
+        (["--collect.episodes", ""], "collect.episodes: expected at least one number"),
+        (["--rounds", "2", "--rnn.episodes", "1,2"], "rnn.episodes: expected 0 as the second"),
         (["--vae.episodes", "3,2"], "vae.episodes: expected two numbers, the second larger"),
         (["--collect.policy", "held,white"], "collect.policy: expected one name, or one for each"),
         (["--collect.min_length", "99"], "expected an episode of at least .* 99"),

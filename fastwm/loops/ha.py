@@ -18,7 +18,8 @@ def train(run: HaRun, stages: Sequence[Stage]) -> int:
         run.stopped = stopped
         for number, name, work in stages:
             if number > run.round:
-                run.logger.say(f"round    {number + 1} of {run.config.rounds}")
+                most = max(run.config.rounds, number + 1)  # a stage alone may be of a later one
+                run.logger.say(f"round    {number + 1} of {most}")
             run.round = number
             work()
             run.note_progress()

@@ -94,7 +94,7 @@ class Fit:
         before = stored.get("round", 0)
         if before < self.round:  # other data: only the weights go on
             return
-        if before > self.round:
+        if before > self.round:  # its time is over
             self.total = 0
         self.optimizer.load_state_dict(stored["optimizer"])
         self.scheduler.load_state_dict(stored["scheduler"])
@@ -110,7 +110,9 @@ class Fit:
         """Until `total`, early stopping or a signal. learn, test: return losses."""
         say, name = self.run.logger.say, f"{self.stage:8}"
         if self.epoch >= self.total or self.stopping.over:
-            say(f"{name} done at epoch {self.epoch}; raise --{self.stage}.epochs to go on")
+            key = f"{self.stage}.again" if self.round else f"{self.stage}.epochs"
+            more = f"; raise --{key} to go on" if self.total else "; a later round has begun"
+            say(f"{name} done at epoch {self.epoch}{more}")
         while self.epoch < self.total and not self.stopping.over:
             began = time.monotonic()
             losses = learn(self.epoch)
@@ -299,7 +301,8 @@ def fit_rnn(run: HaRun, rnn: MDNRNN, vae: ConvVAE) -> None:
     make = {"adam": torch.optim.Adam, "rmsprop": lambda p, lr: torch.optim.RMSprop(p, lr, 0.9)}
     optimizer = make[options.optimizer](rnn.parameters(), options.lr)
     fit = Fit(run, "rnn", rnn, optimizer, options, {"vae": index["vae"]})
-    updates = options.updates or -(-store.rows // (options.batch_size * options.batch_length))
+    rows = int(store.lengths[learned].sum())
+    updates = options.updates or -(-rows // (options.batch_size * options.batch_length))
     run.logger.say(
         f"rnn      {len(windows)} windows of {len(learned)} episodes, {updates} updates per epoch"
     )
