@@ -15,7 +15,7 @@
 namespace fastwm {
 
 // 1 / (1 + exp(-x)) and tanh(x). A GPU has them. On a CPU calls into the library take longer than
-// what follows, which is as exact: 1e-7 relative; sigmoid ends at 2e-38.
+// what follows, which is nearly as exact (see exp_floored); sigmoid ends at 2e-38.
 #ifdef __CUDACC__
 FWM_HD float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 

@@ -1,6 +1,6 @@
 // Two-hot loss and mean, one row of V logits at a time, which stays in the first-level cache.
-// The backward passes compute the softmax again: an exponential costs 0.15 ns, storing the gradient
-// in the forward pass would cost one more sweep of the whole array.
+// The backward passes compute the softmax again: an exponential costs less than what storing the
+// gradient in the forward pass would, one more sweep of the whole array.
 #ifndef FWM_ISA
 #include "cpu/twohot.h"
 #include "cpu/simd.h"

@@ -5,7 +5,7 @@ what the CPU can do), while oneDNN, which is part of the same PyTorch, does not.
 once per process at the first use, some 70 ms: one product of each orientation that a layer needs.
 oneDNN is taken for an orientation only if it was faster by a quarter in all rounds but one.
 bfloat16 counts as paying under the same condition against the better of both, and only where the
-CPU has instructions for it (elsewhere it takes 5 to 50 times longer).
+CPU has instructions for it (elsewhere it takes many times longer).
 
 The two round differently: float32 sums in another order, 1e-6 relative. A run is equal bit by bit
 to another one only with the same choice. The wide margin keeps a busy machine from changing it;
