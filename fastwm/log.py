@@ -230,7 +230,7 @@ class Logger:
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
-        if self.bar and not isinstance(self.bar.fp, _Lines):
+        if self.bar:
             self.bar.write(text, file=sys.stdout)
         else:
             print(text)
