@@ -24,9 +24,7 @@ from fastwm.ops._cases import CASES, _run
 
 NO_ARGUMENTS = {"build_info", "cpu_capability"}
 NAMES = sorted(_backend._names - NO_ARGUMENTS)
-CUDA_NAMES = [
-    name for name in NAMES if not name.startswith(("mlp", "pool_conv", "image"))
-]  # CPU only
+CUDA_NAMES = [name for name in NAMES if name not in _backend.CPU_ONLY]
 BOTH = [("cpu", name) for name in NAMES] + [("cuda", name) for name in CUDA_NAMES]
 # The loops of the sequence leave out the action branch ([6] to [8]) and the token part of [14].
 LOOP = ("[6]", "[7]", "[8]", "[14] shorter -1", "[14] longer -1")
