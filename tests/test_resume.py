@@ -14,6 +14,7 @@ from trees import same
 
 from fastwm import assemble, checkpoint, train
 from fastwm.config import load
+from fastwm.ops import _products
 
 STEPS = 128
 TINY = (
@@ -126,6 +127,23 @@ def test_every_tensor_of_the_agent_is_stored(tmp_path):
     same(wanted, [tensor.detach().clone() for tensor in tensors])
     same(checkpoint._unpack(checkpoint._pack(agent.state_dict())), stored["agent"])
     pieces.logger.close()
+
+
+def test_products_go_on_as_they_began(tmp_path, monkeypatch):
+    """Two libraries round differently, so which one multiplies belongs to the run."""
+    began, now = (_products.Choice(frozenset(s), False, "test", {}) for s in (["nt"], []))
+    monkeypatch.setattr(_products, "_made", [began])
+    monkeypatch.setattr(_products, "_setting", lambda: "auto")
+    run = tmp_path / "run"
+    train.main(argv(run, "cartpole", 80))
+    for setting, taken in (("auto", began.onednn), ("blas", now.onednn)):
+        monkeypatch.setattr(_products, "_made", [now])
+        monkeypatch.setattr(_products, "_setting", lambda setting=setting: setting)
+        config = load(argv(run, "cartpole", 80))[0]
+        pieces = assemble.online_run(config, run, latest(run))
+        pieces.begin(latest(run))
+        assert _products.choice().onednn == taken
+        pieces.logger.close()
 
 
 def test_environments_that_cannot_be_restored_start_afresh(tmp_path):

@@ -18,6 +18,7 @@ from fastwm import checkpoint
 from fastwm import config as settings
 from fastwm.envs import EnvStateError
 from fastwm.loops.finite import NonFiniteError
+from fastwm.ops import _products
 
 
 def save(run: Any) -> None:
@@ -39,6 +40,7 @@ def save(run: Any) -> None:
             "batch": run.batch,
             "replay": manifest,
             "logger": run.logger.state_dict(),
+            "products": _products.state(),
         },
     )
     if manifest is not None:
@@ -119,6 +121,7 @@ def restore(run: Any, stored: dict[str, Any]) -> None:
 def restore_learner(run: Any, stored: dict[str, Any]) -> None:
     """What does not depend on environments: agent, counters, and the batch for pictures."""
     run.agent.load_state_dict(stored["agent"])
+    _products.go_on(stored.get("products"))  # absent in checkpoints of an older version
     _restore_counters(run, stored["counters"])
     run.batch = stored["batch"]
 

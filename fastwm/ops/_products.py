@@ -8,11 +8,12 @@ bfloat16 counts as paying under the same condition against the better of both, a
 CPU has instructions for it (elsewhere it takes many times longer).
 
 The two round differently: float32 sums in another order, 1e-6 relative. A run is equal bit by bit
-to another one only with the same choice. The wide margin keeps a busy machine from changing it;
-`FASTWM_PRODUCTS=blas|onednn` pins it, without timing anything; where PyTorch is told to use
-deterministic algorithms it is the BLAS, since no clock may decide there. `ops.backend_info()` says
-what was chosen. What is multiplied again and again with the same weights, the steps of a sequence
-or of a rollout, is packed by our own kernels and asks nobody here.
+to another one only with the same choice. The wide margin keeps a busy machine from changing it, and
+a run that goes on takes the choice from its checkpoint. `FASTWM_PRODUCTS=blas|onednn` pins it,
+without timing anything; where PyTorch is told to use deterministic algorithms it is the BLAS, since
+no clock may decide there. `ops.backend_info()` says what was chosen. What is multiplied again and
+again with the same weights, the steps of a sequence or of a rollout, is packed by our own kernels
+and asks nobody here.
 """
 
 from __future__ import annotations
@@ -142,6 +143,18 @@ def _setting() -> str:
     setting = os.environ.get("FASTWM_PRODUCTS") or "auto"
     pinned = setting == "auto" and torch.are_deterministic_algorithms_enabled()
     return "blas" if pinned else setting
+
+
+def state() -> dict | None:
+    """The choice as plain data, for a checkpoint; None as long as nobody asked for one."""
+    return {"onednn": sorted(_made[0].onednn), "low": _made[0].low} if _made else None
+
+
+def go_on(stored: dict | None) -> None:
+    """Multiply as the run that is continued did, unless it is pinned otherwise."""
+    if stored and _setting() == "auto" and has_onednn():
+        low = stored["low"] and multiplies_low()
+        _made[:] = [Choice(frozenset(stored["onednn"]), low, "as the run began", {})]
 
 
 @torch.compiler.assume_constant_result
