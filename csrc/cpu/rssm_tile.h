@@ -3,12 +3,9 @@
 FWM_INLINE void FWM_JOIN(accumulate, FWM_R)(Vec (&sum)[FWM_R][2], const Part& part,
                                                     int64_t row, const float* panel) {
   const float* x = part.x + row * part.row;
-  // The first rows ask for what they read soon, the others for the next slice: the weights then come in
-  // at one pace, not in bursts.
-  const float* ask = panel + (row == 0 ? kAhead : part.depth * kPanel);
-  for (int64_t k = 0; k < part.depth; ++k, panel += kPanel, ask += kPanel) {
-    __builtin_prefetch(ask);
-    if (kPanel > 16) __builtin_prefetch(ask + 16);  // the second cache line
+  for (int64_t k = 0; k < part.depth; ++k, panel += kPanel) {
+    __builtin_prefetch(panel + kAhead);
+    __builtin_prefetch(panel + kAhead + kVec);
     const Vec w0 = *(const Vec*)panel, w1 = *(const Vec*)(panel + kVec);
 #pragma GCC unroll 8
     for (int r = 0; r < FWM_R; ++r) {
