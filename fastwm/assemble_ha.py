@@ -22,6 +22,7 @@ from fastwm.loops.ha_ctrl import CtrlStage, load_best, test
 from fastwm.loops.ha_fit import encode, fit_rnn, fit_vae
 from fastwm.loops.ha_run import FOLDERS, HaRun, StageError
 from fastwm.loops.ha_world import RealWorld
+from fastwm.worldmodels.ha import MDNRNN, ConvVAE
 from fastwm.worldmodels.ha_controller import ActionCode
 
 NOISE, WEIGHTS = 18, 19  # branches of the run's seed
@@ -108,12 +109,12 @@ def stages(run: HaRun) -> list[ha.Stage]:
     config = run.config
     code = ActionCode.of(config.ctrl.action, run.act_space)
     key = image_key(run.obs_space)
-    vae, rnn = _fresh(run, 0, make_vae, config), _fresh(run, 1, make_rnn, config, code)
+    vae = _fresh(run, 0, make_vae, config)
     work: dict[str, Callable[[], Any]] = {
         "collect": lambda: collect(run, code, key, lambda: _best(run, code, key)),
         "vae": lambda: fit_vae(run, vae),
         "latents": lambda: encode(run, vae),
-        "rnn": lambda: fit_rnn(run, rnn, vae),
+        "rnn": lambda: _rnn(run, code, vae),
         "ctrl": lambda: _ctrl(run, code, key),
     }
     named = config.stages()
@@ -148,6 +149,12 @@ def _fresh(run: HaRun, which: int, make: Callable[..., Any], *args: Any) -> Any:
         return make(*args)
 
 
+def _rnn(run: HaRun, code: ActionCode, vae: ConvVAE) -> None:
+    for member in range(run.config.rnn.members):
+        if not run.stopped:
+            fit_rnn(run, _fresh(run, 1 + member, make_rnn, run.config, code), vae, member)
+
+
 def load_policy(run: HaRun, code: ActionCode, key: str) -> HaPolicy:
     """V and M as they were trained, and an empty C."""
     vae, rnn = make_vae(run.config), make_rnn(run.config, code)
@@ -164,12 +171,15 @@ def load_policy(run: HaRun, code: ActionCode, key: str) -> HaPolicy:
 
 def _ctrl(run: HaRun, code: ActionCode, key: str) -> None:
     policy = load_policy(run, code, key)
-    worlds = dream_worlds if run.config.ctrl.world == "dream" else real_worlds
     config, controller = run.config, policy.controller
+    if config.ctrl.world == "dream":
+        make_worlds = partial(dream_worlds, run, policy, other_members(run, code))
+    else:
+        make_worlds = partial(real_worlds, run, policy)
     center = config.ctrl.center and (controller.bias or controller.units > 0)
     mean = feature_mean(run, policy) if center else None
     text = settings.to_toml(config)
-    CtrlStage(run, policy, partial(worlds, run, policy), text, mean).train()
+    CtrlStage(run, policy, make_worlds, text, mean).train()
 
 
 @torch.inference_mode()
@@ -228,8 +238,18 @@ def real_worlds(
     ]
 
 
-def dream_worlds(run: HaRun, policy: HaPolicy, seeds: Sequence[int], candidates: int) -> list[Any]:
-    """One dream for all: nothing to wait for."""
+def other_members(run: HaRun, code: ActionCode) -> list[MDNRNN]:
+    """The Ms of rnn.members behind the first."""
+    members = [make_rnn(run.config, code) for _ in range(1, run.config.rnn.members)]
+    for number, rnn in enumerate(members, 1):
+        run.load_model(f"rnn:{number}", rnn)
+    return members
+
+
+def dream_worlds(
+    run: HaRun, policy: HaPolicy, others: Sequence[MDNRNN], seeds: Sequence[int], candidates: int
+) -> list[Any]:
+    """One world for all: nothing to wait for."""
     from fastwm.worldmodels.ha_dream import DreamWorld
 
     return [
@@ -241,6 +261,7 @@ def dream_worlds(run: HaRun, policy: HaPolicy, seeds: Sequence[int], candidates:
             list(seeds) * candidates,
             temperature=run.config.dream.temperature,
             max_steps=run.config.dream.length,
+            others=others,
         )
     ]
 

@@ -59,6 +59,7 @@ class Vae:
 @dataclass(frozen=True)
 class Rnn:
     hidden: int = key(256, "size R of the LSTM", 1, fixed=True)
+    members: int = key(1, "Ms that dream, each of another start; C remembers by the first", 1)
     mixtures: int = key(5, "components M of the mixture", 1, fixed=True)
     mixture: Literal["factored", "joint"] = key(
         "factored", "a mixture per latent dimension, or one over whole latents", fixed=True

@@ -171,6 +171,21 @@ def test_later_rounds_learn_from_what_the_controller_does(trained, tmp_path, cap
     assert weights and all(p.read_bytes() == before[p] for p in weights)
 
 
+def test_several_ms(tmp_path, capsys):
+    """Each learns by itself from a start of its own; the dream needs all of them."""
+    flags = "--rnn.members 2 --rnn.done true --ctrl.world dream --dream.length 9".split()
+    assert ha(tmp_path, *flags) == 0
+    one, two = (checkpoint.load(tmp_path / f / "best.tar") for f in ("mdrnn", "mdrnn1"))
+    starts = (parts["state_dict"]["head.weight"] for parts in (one, two))
+    assert not torch.equal(*starts)
+    assert one["vae"] == two["vae"] and one["epoch"] == two["epoch"] == 1
+    before = contents(tmp_path / "mdrnn1")
+    assert ha(tmp_path, *flags) == 0 and contents(tmp_path / "mdrnn1") == before
+    shutil.rmtree(tmp_path / "mdrnn1")
+    text = refused(capsys, tmp_path, *flags, "--stage", "ctrl")
+    assert re.search(r"expected .*mdrnn1/best.tar, found none; run --stage rnn first", text)
+
+
 def test_the_controller_keeps_a_state_for_every_lane():
     class Counts:
         """A policy whose action is how many steps its lane has made since the beginning."""

@@ -271,3 +271,41 @@ def test_ends_of_episodes_are_learned_from(tmp_path):
     seen = np.bincount(rows[:, :-1].flatten(), weight.flatten(), 41)
     assert seen[20] == 8 and seen[39] == 4 == done.sum()
     assert (weight.sum(1) >= 4).all()
+
+
+def test_lanes_are_dreamt_by_the_members_in_turn():
+    """Each as its M alone would dream it, while the controller remembers by the first."""
+    first, second = (alive(model(seed=seed)) for seed in (1, 2))
+    starts = torch.randn(5, Z), torch.zeros(5, Z)
+    seeds, raw = [7, 8, 9, 7], torch.tensor([[0.4]])
+    controller = Controller(Z, R, 1, "zch", bias=False)
+    options = (controller, CODE, starts, seeds, 1.2)
+    both = DreamWorld(first, *options, others=[second])
+    mine = torch.tensor([0, 2, 3])  # of the first: the lowest seed, the third, and 7 again
+    together = run(both, raw, 12)
+    one, two = (run(DreamWorld(rnn, *options), raw, 12) for rnn in (first, second))
+    assert torch.allclose(together[:, mine], one[:, mine], atol=1e-6)
+    assert torch.allclose(together[:, 1, :Z], two[:, 1, :Z], atol=1e-6)
+    state = first.initial(1)
+    for t in range(12):  # h and c of the first, on the z that the second dreamt
+        x = torch.cat([together[t, 1, :Z], torch.tanh(raw)[0], torch.tensor([float(t == 0)])])
+        _, state = first.step(x[None], state)
+        wanted = controller.features(together[t + 1, 1:2, :Z], state)[0]
+        assert torch.allclose(wanted, together[t + 1, 1], atol=1e-6)
+    found = []
+    for dream in (both, DreamWorld(second, *options)):  # lanes that leave take nothing along
+        run(dream, raw, 3)
+        for _ in range(3):
+            dream.start(raw.expand(2, 1), torch.tensor([1, 3]))()
+        found.append(dream.z[0])
+    assert torch.allclose(*found, atol=1e-6)
+
+
+def test_a_lane_ends_where_its_own_member_says_so():
+    first, second = alive(model(seed=1)), alive(model(seed=2), 10.0)
+    dream = world(4, first, others=[second])
+    dream.reset()
+    _, reward, done = dream.start(torch.zeros(4, 1), torch.arange(4))()
+    assert done.tolist() == [False, True, False, True] and reward.tolist() == [1] * 4
+    _, _, done = dream.start(torch.zeros(2, 1), torch.tensor([0, 2]))()
+    assert done.tolist() == [False, False]

@@ -58,7 +58,7 @@ class EarlyStopping:
 class Fit:
     """Epochs of one model: resume, plateau scheduler, early stopping, best.tar, checkpoint.tar.
 
-    options: config.vae or config.rnn. extra: what else stands in both files.
+    stage: see HaRun.path. options: config.vae or config.rnn. extra: what else stands in both files.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Fit:
         extra: dict[str, Any] | None = None,
     ) -> None:
         self.run, self.stage, self.model, self.options = run, stage, model, options
+        self.group = stage.partition(":")[0]  # of settings and metrics
         self.optimizer, self.extra = optimizer, extra or {}
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=options.scheduler_factor, patience=options.scheduler_patience
@@ -110,7 +111,7 @@ class Fit:
         """Until `total`, early stopping or a signal. learn, test: return losses."""
         say, name = self.run.logger.say, f"{self.stage:8}"
         if self.epoch >= self.total or self.stopping.over:
-            key = f"{self.stage}.again" if self.round else f"{self.stage}.epochs"
+            key = f"{self.group}.again" if self.round else f"{self.group}.epochs"
             more = f"; raise --{key} to go on" if self.total else "; a later round has begun"
             say(f"{name} done at epoch {self.epoch}{more}")
         while self.epoch < self.total and not self.stopping.over:
@@ -124,13 +125,13 @@ class Fit:
             if not np.isfinite(losses[key]):
                 raise StageError(
                     f"{self.stage}: expected a finite loss in epoch {self.epoch}, got "
-                    f"{losses[key]}; lower --{self.stage}.lr. The checkpoint of the epoch before "
+                    f"{losses[key]}; lower --{self.group}.lr. The checkpoint of the epoch before "
                     "stays as it is"
                 )
             self.scheduler.step(losses[key])
             better = self.stopping(losses[key])
             seconds = time.monotonic() - began
-            self.run.log({f"{self.stage}/{k}": v for k, v in losses.items()})
+            self.run.log({f"{self.group}/{k}": v for k, v in losses.items()})
             self._save(losses[key], better)
             left = (self.total - self.epoch) * seconds
             text = ", ".join(f"{k} {v:.4g}" for k, v in losses.items())
@@ -290,8 +291,8 @@ def latents(
     return Latents(store, episodes, length, *arrays), index
 
 
-def fit_rnn(run: HaRun, rnn: MDNRNN, vae: ConvVAE) -> None:
-    """Stage rnn: V only draws the pictures of the samples."""
+def fit_rnn(run: HaRun, rnn: MDNRNN, vae: ConvVAE, member: int = 0) -> None:
+    """Stage rnn: V only draws the pictures of the samples. member: of rnn.members, which Ms."""
     options, store = run.config.rnn, run.store()
     learned, tested = store.split(run.config.num_test_files, options.episodes)
     windows, index = latents(run, learned, options.batch_length, rnn.latent)
@@ -300,15 +301,16 @@ def fit_rnn(run: HaRun, rnn: MDNRNN, vae: ConvVAE) -> None:
     rnn.to(run.device).train()
     make = {"adam": torch.optim.Adam, "rmsprop": lambda p, lr: torch.optim.RMSprop(p, lr, 0.9)}
     optimizer = make[options.optimizer](rnn.parameters(), options.lr)
-    fit = Fit(run, "rnn", rnn, optimizer, options, {"vae": index["vae"]})
+    stage = f"rnn:{member}" if member else "rnn"
+    fit = Fit(run, stage, rnn, optimizer, options, {"vae": index["vae"]})
     rows = int(store.lengths[learned].sum())
     updates = options.updates or -(-rows // (options.batch_size * options.batch_length))
     run.logger.say(
-        f"rnn      {len(windows)} windows of {len(learned)} episodes, {updates} updates per epoch"
+        f"{stage:8} {len(windows)} windows of {len(learned)} episodes, {updates} updates per epoch"
     )
 
     def learn(epoch: int) -> dict[str, float]:
-        draw, means = run.generator(RNN, epoch), Mean()
+        draw, means = run.generator(RNN, epoch, *([member] if member else [])), Mean()
         for _ in range(updates):
             if run.stopped:
                 break
@@ -339,7 +341,7 @@ def fit_rnn(run: HaRun, rnn: MDNRNN, vae: ConvVAE) -> None:
         return means.read()
 
     def show(epoch: int) -> None:
-        if run.path("vae", "best").is_file():
+        if run.path("vae", "best").is_file() and not member:
             run.load_model("vae", vae)
             dream_samples(run, vae, rnn, tested if len(tested) else learned, epoch)
 

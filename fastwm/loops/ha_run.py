@@ -1,7 +1,8 @@
 """What the stages of World Models share: the run folder, counters, log, and stored parts.
 
 <run>/data/                     the episodes (or data_dir)
-<run>/vae|mdrnn|ctrl/           checkpoint.tar, to go on from, and best.tar, what is used
+<run>/vae|mdrnn|ctrl/           checkpoint.tar, to go on from, and best.tar, what is used; mdrnn1
+                                and so on are the further Ms of rnn.members
 <run>/latents/                  mu.npy, logvar.npy: what V says about every row
 <run>/samples/                  pictures
 <run>/checkpoint/best.pt        all three together, for eval and play; policy.pt for load_policy
@@ -72,7 +73,9 @@ class HaRun:
         return store
 
     def path(self, stage: str, which: str = "checkpoint") -> Path:
-        return self.folder / FOLDERS[stage] / f"{which}.tar"
+        """stage: of FOLDERS; "rnn:1" is the second M's."""
+        name, _, member = stage.partition(":")
+        return self.folder / (FOLDERS[name] + member) / f"{which}.tar"
 
     def saved(self, stage: str, which: str = "checkpoint") -> dict[str, Any] | None:
         path = self.path(stage, which)
@@ -94,7 +97,8 @@ class HaRun:
         stored = self.saved(stage, "best")
         if stored is None:
             raise StageError(
-                f"ha: expected {self.path(stage, 'best')}, found none; run --stage {stage} first"
+                f"ha: expected {self.path(stage, 'best')}, found none; run --stage "
+                f"{stage.partition(':')[0]} first"
             )
         wanted, found = model.options(), stored.get("options", model.options())
         wrong = [f"{k} {found[k]!r}, not {v!r}" for k, v in wanted.items() if found.get(k) != v]

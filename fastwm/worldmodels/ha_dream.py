@@ -61,6 +61,9 @@ class DreamWorld:
           pictures. seeds: one per lane, N of them; lanes with equal seeds dream the same as long
           as their actions are the same. temperature: of M's predictions: 0 takes the most likely
           mean, 1 is M's own belief, more is less certain. max_steps: where a dream ends at last.
+          others: further Ms. Lanes are dreamt by `rnn` and by these in turn, those with equal seeds
+          by the same; the controller sees the state of `rnn` everywhere, as in the game. What it
+          finds out about one M's mistakes then does not help it in the dreams of the others.
     """
 
     def __init__(
@@ -72,9 +75,11 @@ class DreamWorld:
         seeds: Sequence[int],
         temperature: float = 1.0,
         max_steps: int = 2100,
+        others: Sequence[MDNRNN] = (),
     ) -> None:
         _check(rnn, starts, seeds, temperature, max_steps)
         self.rnn, self.controller, self.code = rnn.eval(), controller, code
+        self.others = [other.eval() for other in others]
         self.device = rnn.head.weight.device
         self.mu, self.logvar = (part.to(self.device, torch.float32) for part in starts)
         self.lanes, self.seeds = len(seeds), seeds
@@ -89,6 +94,8 @@ class DreamWorld:
         pick, normal = pick.to(self.device), normal.to(self.device)
         self.z = latent_sample(self.mu[pick], self.logvar[pick], normal)  # (n, Z)
         self.state: State = self.rnn.initial(self.lanes)
+        self.states = [other.initial(self.lanes) for other in self.others]
+        self.dreamer = (self._noise.which % (1 + len(self.others))).to(self.device)  # (n,)
         self._live, self.steps = torch.arange(self.lanes), 0
         return self.controller.features(self.z, self.state)
 
@@ -105,19 +112,30 @@ class DreamWorld:
         """One step of lanes (n,) with actions (n, A) as M reads them: features, reward, done."""
         self._leave(lanes)
         restart = action.new_full((len(lanes),), float(self.steps == 0))
+        noise = [part.to(self.device) for part in self._noise.step(lanes)]
         x = self.rnn.features(self.z, action, restart)
         hidden, self.state = self.rnn.step(x, self.state)
-        said = self.rnn.predict(hidden)
-        uniform, normal = (part.to(self.device) for part in self._noise.step(lanes))
-        uniform = uniform if self.rnn.mixture == "factored" else uniform[:, 0]
-        self.z = sample_next(said, self.rnn.mixture, uniform, normal, self.temperature)
-        self.steps += 1
-        count, over = len(lanes), self.steps >= self.max_steps
-        done = hidden.new_full((count,), over, dtype=torch.bool)
-        if said.done is not None and not over:
-            done = said.done > 0
-        reward = hidden.new_ones(count) if said.reward is None else said.reward
+        z, reward, done = self._dream(self.rnn, hidden, *noise)
+        for number, (other, state) in enumerate(zip(self.others, self.states, strict=True), 1):
+            mine = torch.nonzero(self.dreamer == number)[:, 0]
+            hidden, new = other.step(x[mine], tuple(part[mine] for part in state))
+            for part, value in zip(state, new, strict=True):
+                part[mine] = value
+            found = self._dream(other, hidden, *(part[mine] for part in noise))
+            z[mine], reward[mine], done[mine] = found
+        self.z, self.steps = z, self.steps + 1
+        if self.steps >= self.max_steps:
+            done = torch.ones_like(done)
         return self.controller.features(self.z, self.state), reward, done
+
+    def _dream(self, rnn: MDNRNN, hidden: Tensor, uniform: Tensor, normal: Tensor) -> Result:
+        """What an M makes of its LSTM's output (n, R): the next z (n, Z), reward and end (n,)."""
+        said = rnn.predict(hidden)
+        uniform = uniform if rnn.mixture == "factored" else uniform[:, 0]
+        z = sample_next(said, rnn.mixture, uniform, normal, self.temperature)
+        ones = hidden.new_ones(len(hidden))
+        done = torch.zeros_like(ones, dtype=torch.bool) if said.done is None else said.done > 0
+        return z, ones if said.reward is None else said.reward, done
 
     def _leave(self, lanes: Tensor) -> None:
         """Forgets the lanes that are not stepped any more."""
@@ -133,6 +151,8 @@ class DreamWorld:
         keep = torch.searchsorted(self._live, lanes)
         self._live, keep = lanes, keep.to(self.device)
         self.z, self.state = self.z[keep], tuple(part[keep] for part in self.state)
+        self.states = [tuple(part[keep] for part in state) for state in self.states]
+        self.dreamer = self.dreamer[keep]
 
     def close(self) -> None:
         """Nothing is held open."""
