@@ -113,11 +113,23 @@ def head() -> str:
     return f"hidden {tuple(hidden.shape)}, value {value[0]:.1f}"
 
 
-def norm_and_decoder() -> str:
-    """A normalised activation, and a decoder layer that upsamples without upsampling."""
+def norm() -> str:
+    """A normalised activation."""
     x, scale = torch.randn(16, 256), torch.ones(256)
-    images = ops.upsample_conv2d(torch.randn(2, 8, 16, 16), torch.randn(3, 8, 5, 5) / 14)
-    return f"activation {tuple(ops.rms_silu(x, scale).shape)}, images {tuple(images.shape)}"
+    return f"activation {tuple(ops.rms_silu(x, scale).shape)}"
+
+
+def images() -> str:
+    """Stages of an encoder, one whole and one behind a convolution of your own; a decoder layer
+    that upsamples without upsampling; the squared error of its images from logits."""
+    pixels, bias, scale = torch.rand(2, 3, 32, 32), torch.zeros(8), torch.ones(8)
+    first = ops.conv_pool_silu(pixels, torch.randn(8, 3, 5, 5) / 9, bias, scale)
+    own = torch.nn.functional.conv2d(first, torch.randn(8, 8, 5, 5) / 14, padding=2)
+    second = ops.pool_silu(own, bias, scale)
+    logits = ops.upsample_conv2d(first, torch.randn(3, 8, 5, 5) / 14).movedim(1, -1)
+    target = torch.randint(256, logits.shape, dtype=torch.uint8)
+    loss = ops.image_loss(logits, target).mean()
+    return f"stages {tuple(first.shape)}, {tuple(second.shape)}, loss {loss:.1f}"
 
 
 def replay() -> str:
@@ -160,7 +172,8 @@ def main() -> None:
         rssm,
         dense_gru,
         head,
-        norm_and_decoder,
+        norm,
+        images,
         replay,
         optimizer,
     ):
