@@ -63,8 +63,7 @@ def storage(device: torch.device) -> Default:
 
 
 def threads(device: torch.device) -> Default:
-    """Of PyTorch on the CPU; 0 leaves them as PyTorch has them. Those of envpool, one a core, sleep
-    while they wait and stay out of the way; PyTorch's wait by spinning for some milliseconds."""
+    """Of PyTorch on the CPU; 0 leaves them as PyTorch has them. They wait by spinning."""
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     if load < cores / 2:
         return Default("0", "one a core; they spin while they wait, which is fastest on idle cores")
