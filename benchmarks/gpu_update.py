@@ -1,4 +1,4 @@
-"""Whole updates, the RSSM and the optimizer on a GPU: milliseconds and peak memory, into one JSON.
+"""Updates, decisions, the RSSM and the optimizer on a GPU: milliseconds and peak memory, as JSON.
 
     python benchmarks/gpu_update.py results.json
     python benchmarks/gpu_update.py results.json --device cpu --rounds 1 --sizes size1m  # a trial
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import bench_acting
 import bench_optim
 import bench_rssm
 import bench_train
@@ -35,6 +36,7 @@ WAYS = {
     "fused, graph": ("fused", {}),
     "fused, graph of 4 updates": ("fused", {"updates_per_launch": 4}),
 }
+ENVS = 16  # of a decision
 
 
 class Timer:
@@ -89,6 +91,18 @@ def update_call(size: str, kind: str, way: str, device: str) -> Callable[[], Non
     def call() -> None:
         with ops.use_backend(backend):
             bench_train.whole_update(agent, transfer)
+
+    return call
+
+
+def act_call(size: str, kind: str, way: str, device: str) -> Callable[[], None]:
+    """A decision for all environments, from rows on the host to actions and latents there."""
+    backend, settings = WAYS[way]
+    decide = bench_acting.make_decide(size, kind, "discrete", ENVS, device, **settings)
+
+    def call() -> None:
+        with ops.use_backend(backend):
+            decide()
 
     return call
 
@@ -171,6 +185,9 @@ def main(argv: list[str] | None = None) -> int:
             torch.cuda.empty_cache()
         make = partial(update_call, size, kind, way, args.device)
         timer.add(f"update {size} {kind} {way}", make, warmup)
+        if "updates" not in way:
+            make = partial(act_call, size, kind, way, args.device)
+            timer.add(f"act {size} {kind} {way}, {ENVS} environments", make, warmup)
     return 1 if any("error" in row for row in timer.rows) else 0
 
 

@@ -154,7 +154,7 @@ class DreamerConfig(Imagining):
         "auto", "torch.compile: off, of heads and losses (ops), of all before the gradient (full)"
     )
     cudagraphs: Literal["auto", "on", "off"] = key(
-        "auto", "an update as one CUDA graph; auto: on a GPU"
+        "auto", "an update, and a decision, as one CUDA graph each; auto: on a GPU"
     )
     updates_per_launch: int = key(
         1, "updates in one CUDA graph, when so many are due at once; no effect without a graph", 1

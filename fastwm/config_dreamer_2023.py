@@ -132,6 +132,9 @@ class DreamerConfig2023(newer.Imagining):
 
     algorithm: str = key("dreamerv3_2023", "what trains", fixed=True)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = key("fp32", "of matrix products")
+    cudagraphs: Literal["auto", "on", "off"] = key(
+        "auto", "a decision as one CUDA graph; auto: on a GPU"
+    )
     envs: int = key(4, "environments N stepped together", 1, fixed=True)
     train_ratio: float = key(512.0, "replayed rows per env_step", 0)
     grad_heads: tuple[str, ...] = key(

@@ -1,14 +1,14 @@
-"""Updates as one CUDA graph: recorded once per batch shape, then one launch for all of them.
+"""Updates and decisions as one CUDA graph: recorded once per batch shape, then one launch for all.
 
 What is recorded must live on the device alone: no host synchronisation, no Python number that
-changes from update to update (counters and learning rates are tensors), random numbers from
-generators that are named here.
+changes from call to call (counters and learning rates are tensors), random numbers from
+generators that are named here. Copies to and from page-locked memory that stays are allowed.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Batches = Sequence[dict[str, Tensor]]
-WARMUP = 3  # updates that run as they are before one is recorded: libraries set themselves up
+WARMUP = 3  # calls that run as they are before one is recorded: libraries set themselves up
 
 
 class CudaRecorder:
@@ -40,63 +40,76 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            result = function()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                result = function()
+        except RuntimeError:
+            for generator in self.generators:  # which may still wait for the end of the recording
+                generator.graphsafe_set_state(generator.clone_state())
+            raise
         return result, graph.replay
 
+    def wait(self) -> None:
+        """Until all that was launched is done."""
+        torch.cuda.current_stream().synchronize()
 
-class GraphedUpdate:
-    """`update(batches) -> results` (nested tensors), from the fourth call of a shape on as a graph.
 
-    A call holds one batch, or several for as many updates in one launch.
-    Args: update: reads only the batches and tensors that stay in place. recorder: CudaRecorder.
-    The results are the caller's own; what the update leaves elsewhere (gradients) stays in the
-    graph's memory. Where recording fails, one warning says why, and updates run as they are.
+class Graphed:
+    """`function(inputs, *choices) -> results` (nested tensors), as a graph from the fourth call on.
+
+    Shapes and types of the inputs, and the choices, have a graph each.
+    Args: function: reads only the inputs and tensors that stay in place. recorder: CudaRecorder.
+    name: for the warning.
+    The results are the caller's own; what the function leaves elsewhere (gradients) stays in the
+    graph's memory. Where recording fails, one warning says why, and calls run as they are.
     """
 
-    def __init__(self, update: Callable[[Batches], Any], recorder: Any) -> None:
-        self.update, self.recorder = update, recorder
-        self.seen: dict[tuple, int] = {}
-        self.recorded: dict[tuple, _Recorded] = {}
+    def __init__(self, function: Callable[..., Any], recorder: Any, name: str) -> None:
+        self.function, self.recorder, self.name = function, recorder, name
+        self.seen: dict[Hashable, int] = {}
+        self.recorded: dict[Hashable, _Recorded] = {}
         self.failed = False
 
-    def __call__(self, batches: Batches) -> Any:
+    def __call__(self, inputs: Batches, *choices: Hashable) -> Any:
         if self.failed:
-            return self.update(batches)
+            return self.function(inputs, *choices)
         shapes = tuple(
             tuple((key, value.shape, value.dtype) for key, value in sorted(batch.items()))
-            for batch in batches
+            for batch in inputs
         )
-        if shapes not in self.recorded:
-            self.seen[shapes] = self.seen.get(shapes, 0) + 1
-            if self.seen[shapes] <= WARMUP:
-                return self.recorder.eager(lambda: self.update(batches))
+        kind = (shapes, choices)
+        if kind not in self.recorded:
+            self.seen[kind] = self.seen.get(kind, 0) + 1
+            if self.seen[kind] <= WARMUP:
+                return self.recorder.eager(lambda: self.function(inputs, *choices))
             try:
-                self.recorded[shapes] = _Recorded(self.update, batches, self.recorder)
+                self.recorded[kind] = _Recorded(self.function, inputs, choices, self.recorder)
             except RuntimeError as error:
                 self.failed = True
                 cause = str(error).strip().splitlines()[0]
                 warnings.warn(
-                    f"fastwm: an update could not be recorded as a CUDA graph ({cause}); updates "
-                    "run as they are, slower. --cudagraphs off silences this",
+                    f"fastwm: {self.name} could not be recorded as a CUDA graph ({cause}); it "
+                    "runs as it is, slower. --cudagraphs off silences this",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-                return self.update(batches)
-        return self.recorded[shapes](batches)
+                return self.function(inputs, *choices)
+        return self.recorded[kind](inputs)
 
 
 class _Recorded:
-    """One graph, the memory it reads its batches from, and the memory it leaves its results in.
+    """One graph, the memory it reads its inputs from, and the memory it leaves its results in.
 
     Results that are single numbers are stacked by type, so that handing them out is a few copies.
     """
 
-    def __init__(self, update: Callable[[Batches], Any], batches: Batches, recorder: Any) -> None:
-        self.batches = [{key: value.clone() for key, value in b.items()} for b in batches]
+    def __init__(
+        self, function: Callable[..., Any], inputs: Batches, choices: tuple, recorder: Any
+    ) -> None:
+        self.inputs = [{key: value.clone() for key, value in b.items()} for b in inputs]
 
         def record() -> list[Tensor]:
-            leaves, self.spec = tree_flatten(update(self.batches))
+            leaves, self.spec = tree_flatten(function(self.inputs, *choices))
             self.groups: dict[torch.dtype, list[int]] = {}
             for i, leaf in enumerate(leaves):
                 if leaf.dim() == 0:
@@ -108,12 +121,12 @@ class _Recorded:
 
         self.results, self.replay = recorder.record(record)
 
-    def __call__(self, batches: Batches) -> Any:
-        for mine, batch in zip(self.batches, batches, strict=True):
-            for key, value in mine.items():
-                value.copy_(batch[key], non_blocking=True)
+    def __call__(self, inputs: Batches) -> Any:
+        pairs = zip(self.inputs, inputs, strict=True)
+        copy_all([(value, given[key]) for mine, given in pairs for key, value in mine.items()])
         self.replay()
-        copies = [result.clone() for result in self.results]
+        copies = [torch.empty_like(result) for result in self.results]
+        copy_all(list(zip(copies, self.results, strict=True)))
         leaves: list[Any] = [None] * self.count
         for places, stacked in zip(self.groups.values(), copies, strict=False):
             for i, number in zip(places, stacked.unbind(), strict=True):
@@ -121,3 +134,15 @@ class _Recorded:
         for i, result in zip(self.whole, copies[len(self.groups) :], strict=True):
             leaves[i] = result
         return tree_unflatten(leaves, self.spec)
+
+
+@torch.no_grad()
+def copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Every second tensor into the first; on CUDA one launch for all of a type."""
+    groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for to, source in pairs:
+        targets, sources = groups.setdefault(to.dtype, ([], []))
+        targets.append(to)
+        sources.append(source)
+    for targets, sources in groups.values():
+        torch._foreach_copy_(targets, sources, non_blocking=True)

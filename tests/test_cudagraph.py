@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastwm.agents.dreamer import DreamerAgent
-from fastwm.cudagraph import WARMUP, GraphedUpdate
+from fastwm.cudagraph import WARMUP, Graphed
 
 aten = torch.ops.aten
 # What waits for a GPU to hand over a value, or needs one to know a shape.
@@ -115,7 +115,7 @@ def test_replayed_updates_equal_eager_ones(case):
     """Nothing that an update reads stays behind in Python: counters, rates, noise, the batch."""
     plain, graphed = tiny_agent(**CASES[case]), tiny_agent(**CASES[case])
     recorder = TapeRecorder()
-    graphed.step = GraphedUpdate(graphed.updates_on_device, recorder)
+    graphed.step = Graphed(graphed.updates_on_device, recorder, "the update")
     torch.manual_seed(1)
     batches = [random_batch(plain) for _ in range(WARMUP + 4)]
     (expected, state), (actual, other) = run(plain, batches), run(graphed, batches)
@@ -131,7 +131,7 @@ def test_several_updates_of_one_launch_equal_single_ones(case):
     """Every update of a launch sees the weights that the one before it left."""
     plain, graphed = tiny_agent(**CASES[case]), tiny_agent(**CASES[case])
     recorder = TapeRecorder()
-    graphed.step = GraphedUpdate(graphed.updates_on_device, recorder)
+    graphed.step = Graphed(graphed.updates_on_device, recorder, "the update")
     torch.manual_seed(1)
     batches = [random_batch(plain) for _ in range(3 * (WARMUP + 2))]
     expected, state = run(plain, batches)
@@ -149,7 +149,7 @@ def test_several_updates_of_one_launch_equal_single_ones(case):
 def test_results_are_the_callers_own():
     """A later update does not write over what an earlier one handed out."""
     agent = tiny_agent()
-    agent.step = GraphedUpdate(agent.updates_on_device, TapeRecorder())
+    agent.step = Graphed(agent.updates_on_device, TapeRecorder(), "the update")
     results = [agent.update(random_batch(agent)) for _ in range(WARMUP + 1)]
     metrics, latents = results[-1]
     before = [x.clone() for x in tensors((metrics, latents))]
@@ -159,7 +159,7 @@ def test_results_are_the_callers_own():
 
 def test_every_batch_shape_has_its_graph():
     agent, recorder = tiny_agent(), TapeRecorder()
-    agent.step = GraphedUpdate(agent.updates_on_device, recorder)
+    agent.step = Graphed(agent.updates_on_device, recorder, "the update")
     for _ in range(WARMUP + 2):
         for rows in (3, 4):
             agent.update(random_batch(agent, rows))
@@ -168,7 +168,7 @@ def test_every_batch_shape_has_its_graph():
 
 def test_failure_falls_back_once():
     agent, plain, recorder = tiny_agent(), tiny_agent(), TapeRecorder(fail=True)
-    agent.step = GraphedUpdate(agent.updates_on_device, recorder)
+    agent.step = Graphed(agent.updates_on_device, recorder, "the update")
     batches = [random_batch(agent) for _ in range(WARMUP + 3)]
     with pytest.warns(RuntimeWarning, match="not permitted when stream is capturing\\); ") as seen:
         _, state = run(agent, batches)
@@ -190,7 +190,7 @@ def test_graph_equals_eager_on_the_gpu(precision):
     graphed = DreamerAgent(PROPRIO, DISCRETE, config, device="cuda", seed=3)
     plain = DreamerAgent(PROPRIO, DISCRETE, config, device="cuda", seed=3)
     plain.step = plain.updates_on_device
-    assert isinstance(graphed.step, GraphedUpdate)
+    assert isinstance(graphed.step, Graphed)
     batches = [random_batch(tiny_agent()) for _ in range(WARMUP + 4)]
     for agent in (graphed, plain):
         for batch in batches:

@@ -52,7 +52,9 @@ def compiled(device: torch.device) -> Default:
 def cudagraphs(device: torch.device) -> Default:
     if device.type != "cuda":
         return Default("off", "graphs are of CUDA")
-    return Default("on", "an update is hundreds of short kernels: one launch instead of each")
+    return Default(
+        "on", "an update is hundreds of short kernels, a decision a hundred: one launch for all"
+    )
 
 
 def storage(device: torch.device) -> Default:

@@ -14,12 +14,11 @@ from fastwm.agents.dreamer_base import DreamerBase, Noise
 from fastwm.behavior import Actor, Critic, ReturnNorm, imag_loss, repl_loss
 from fastwm.compiled import CompiledParts
 from fastwm.config import DreamerConfig
-from fastwm.cudagraph import CudaRecorder, GraphedUpdate
+from fastwm.cudagraph import CudaRecorder, Graphed
 from fastwm.explore import Explorer
 from fastwm.nets import FirstLayers
 from fastwm.optim import LaProp, LossScale
 from fastwm.rssm import feat
-from fastwm.settings import ConfigError
 from fastwm.spaces import Space
 from fastwm.worldmodels.dreamer import Posterior, WorldModel
 
@@ -100,16 +99,12 @@ class DreamerAgent(DreamerBase):
         self.copies = self.model.critic.copies(self.optimizer.params)
         self.loss_scale = LossScale(self.device) if self.precision == "fp16" else None
         self.counter = torch.zeros((), dtype=torch.int64, device=self.device)  # updates, there
-        if config.cudagraphs == "on" and self.device.type != "cuda":
-            raise ConfigError(
-                f"DreamerAgent: expected cudagraphs auto or off on device {self.device}, got on; "
-                "graphs are of CUDA"
-            )
         mode = defaults.chosen("compile", config.compile, self.device)
         self.compiled = CompiledParts(self, COMPILED[mode])
         self.step, self.updates_at_once = self.updates_on_device, 1
-        if defaults.chosen("cudagraphs", config.cudagraphs, self.device) == "on":
-            self.step = GraphedUpdate(self.updates_on_device, CudaRecorder([self.generator]))
+        if self.graphs():
+            recorder = CudaRecorder([self.generator])
+            self.step = Graphed(self.updates_on_device, recorder, "the update")
             self.updates_at_once = config.updates_per_launch
 
     # Learning

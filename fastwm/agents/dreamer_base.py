@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fastwm.agents import defaults
+from fastwm.agents.acting import GraphedActing
 from fastwm.agents.policy import RecurrentPolicy, pack_policy
 from fastwm.agents.video import open_loop_video
 from fastwm.behavior import Actor
+from fastwm.cudagraph import CudaRecorder
+from fastwm.settings import ConfigError
 from fastwm.spaces import Space
 from fastwm.worldmodels.dreamer import Posterior
 
@@ -63,6 +66,23 @@ class DreamerBase:
         self.index_dtype = torch.uint8 if config.rssm.classes <= 256 else torch.int32
         self.updates = self.acted = 0  # acted: env_steps of training
         self.loss_terms: dict[str, Tensor] = {}
+        # A replay in GPU memory takes latents where they are.
+        self.latents_stay = self.device.type == "cuda" and config.replay.storage == "cuda"
+        self.acting: GraphedActing | None = None
+        if self.graphs():
+            noise = torch.Generator(self.device)
+            recorder = CudaRecorder([noise])
+            self.acting = GraphedActing(self.decide, noise, recorder, self.latents_stay)
+
+    def graphs(self) -> bool:
+        """Whether CUDA graphs are wanted."""
+        wanted = self.config.cudagraphs
+        if wanted == "on" and self.device.type != "cuda":
+            raise ConfigError(
+                f"{type(self).__name__}: expected cudagraphs auto or off on device {self.device}, "
+                "got on; graphs are of CUDA"
+            )
+        return defaults.chosen("cudagraphs", wanted, self.device) == "on"
 
     def trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -129,15 +149,34 @@ class DreamerBase:
 
         rows: observations and is_first (see fastwm.envs). mode: "train" and "sample" draw actions,
         "greedy" takes the mode. generator: source of noise, the agent's own by default.
-        Returns actions, the next state, and the latents to store: deter (N, D), stoch (N, S).
+        Returns actions, the next state, and the latents to store: deter (N, D), stoch (N, S), on
+        the host unless the replay lies on the GPU. On a GPU a decision is one launch, see `acting`.
         """
-        obs = {key: torch.as_tensor(rows[key]).to(self.device) for key in self.obs_space}
-        is_first = torch.as_tensor(rows["is_first"]).to(self.device)
+        obs = {key: torch.as_tensor(rows[key]) for key in (*self.obs_space, "is_first")}
         source = self.act_generator if generator is None else generator
-        mode, actor = self.who_acts(mode, len(is_first))
+        mode, actor = self.who_acts(mode, len(obs["is_first"]))
+        if self.acting is not None and mode != "random":
+            action, state, latents = self.acting(obs, state, mode, source, actor)
+            return action.numpy(), state, latents
+        obs = {key: value.to(self.device) for key, value in obs.items()}
+        action, state, latents = self.decide(obs, state, mode, source, actor)
+        if not self.latents_stay:
+            latents = {key: value.cpu() for key, value in latents.items()}
+        return action.cpu().numpy(), state, latents
+
+    def decide(
+        self,
+        rows: dict[str, Tensor],
+        state: dict[str, Tensor],
+        mode: str,
+        generator: torch.Generator,
+        actor: Actor,
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """All of `act` that a CUDA graph can hold: actions, the next state, latents."""
+        obs = {key: rows[key] for key in self.obs_space}
         with self.autocast():
-            action, state = self.policy.step(obs, state, is_first, mode, source, actor)
-        return action.cpu().numpy(), state, self.latents(state)
+            action, state = self.policy.step(obs, state, rows["is_first"], mode, generator, actor)
+        return action, state, self.latents(state)
 
     def who_acts(self, mode: str, count: int) -> tuple[str, Actor]:
         """How actions are chosen, and by whom: in training by the explorer while it is wanted."""
@@ -152,8 +191,8 @@ class DreamerBase:
     def latents(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """What a replay row keeps of an acting state."""
         return {
-            "deter": state["deter"].to(torch.bfloat16).cpu(),
-            "stoch": state["stoch"].argmax(-1).to(self.index_dtype).cpu(),
+            "deter": state["deter"].to(torch.bfloat16),
+            "stoch": state["stoch"].argmax(-1).to(self.index_dtype),
         }
 
     # Learning
