@@ -14,77 +14,26 @@
 
 namespace fastwm {
 
-// 1 / (1 + exp(-x)) and tanh(x). A GPU has them. On a CPU calls into the library take longer than
-// what follows, which is nearly as exact (see exp_floored); sigmoid ends at 2e-38.
-#ifdef __CUDACC__
-FWM_HD float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
-
-FWM_HD float tanh_gate(float x) { return tanhf(x); }
-#else
-// exp(x) for x up to 88; exp(-87) = 2e-38 below, NaN for NaN. Inlined, it costs a third of a call
-// into libmvec. x / ln 2 = n + f: adding 1.5 * 2^23 rounds to the integer n and leaves n in the low
-// bits, the polynomial is 2^f on |f| <= 1/2, fitted to the least largest relative error. Relative
-// error below 2e-7 + 2e-8 |x|, without fused multiply-add 2e-7 + 6e-8 |x|: what x / ln 2 loses.
-FWM_HD float exp_floored(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float shifted = clamped * 1.44269504f + 12582912.0f;
-  const float f = clamped * 1.44269504f - (shifted - 12582912.0f);
-  float p = 1.32647261e-3f * f + 9.67151299e-3f;
-  p = p * f + 5.55073358e-2f;
-  p = p * f + 2.40222424e-1f;
-  p = p * f + 6.93147004e-1f;
-  p = p * f + 1.0f;
+#ifndef __CUDACC__
+FWM_HD float choose(bool condition, float a, float b) { return condition ? a : b; }
+FWM_HD float magnitude(float x) { return fabsf(x); }
+FWM_HD float signed_as(float x, float like) { return copysignf(x, like); }
+// 2^n from 1.5 * 2^23 + n
+FWM_HD float power_of_two(float shifted) {
   uint32_t bits;
   memcpy(&bits, &shifted, 4);
   bits = (bits << 23) + 0x3f800000u;
   float power;
   memcpy(&power, &bits, 4);
-  return p * power;
-}
-
-FWM_HD float sigmoid(float x) {
-  const float e = exp_floored(-fabsf(x)), s = 1.0f / (1.0f + e);
-  return x < 0.0f ? e * s : s;
-}
-
-// Near zero an odd polynomial, fitted to the least largest relative error: 1 - e would lose digits.
-FWM_HD float tanh_gate(float x) {
-  const float size = fabsf(x), e = exp_floored(-2.0f * size), z = x * x;
-  const float large = copysignf((1.0f - e) / (1.0f + e), x);
-  float p = -5.704959081e-3f * z + 2.063905974e-2f;
-  p = p * z - 5.373970562e-2f;
-  p = p * z + 1.333144207e-1f;
-  p = p * z - 3.333328194e-1f;
-  return size < 0.625f ? x + x * (z * p) : large;
+  return power;
 }
 #endif
 
-FWM_HD float silu(float x) { return x * sigmoid(x); }
-
-// d silu(x) / dx
-FWM_HD float silu_grad(float x) {
-  const float s = sigmoid(x);
-  return s * (1.0f + x * (1.0f - s));
-}
-
-// deter' of the block GRU from its three gates before their nonlinearities.
-FWM_HD float gru_gate(float reset, float cand, float update, float deter) {
-  const float u = sigmoid(update - 1.0f);
-  return u * tanh_gate(sigmoid(reset) * cand) + (1.0f - u) * deter;
-}
-
-// Its backward: gradients of the three gates and of deter, from grad of deter'.
-struct GruGateGrad {
-  float reset, cand, update, deter;
-};
-
-FWM_HD GruGateGrad gru_gate_backward(float grad, float reset, float cand, float update,
-                                     float deter) {
-  const float r = sigmoid(reset), u = sigmoid(update - 1.0f), c = tanh_gate(r * cand);
-  const float dc = grad * u * (1.0f - c * c);
-  return {dc * cand * r * (1.0f - r), dc * r, grad * (c - deter) * u * (1.0f - u),
-          grad * (1.0f - u)};
-}
+#define FWM_NUMBER float
+#define FWM_GRAD GruGateGrad
+#include "formulas.h"
+#undef FWM_NUMBER
+#undef FWM_GRAD
 
 // A byte of an image as a number in [0, 1].
 FWM_HD float unit_byte(unsigned char x) { return (float)x / 255.0f; }

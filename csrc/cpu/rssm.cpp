@@ -23,8 +23,8 @@ int64_t rssm_packed_floats(const RssmSizes& n) {
   const int64_t d = n.block(), u = n.units, z = n.stoch();
   return rssm_panels(n.blocks, d, d + 3 * u) + (n.hidden_layers - 1) * rssm_panels(n.blocks, d, d) +
          rssm_panels(3 * n.blocks, d, d) + rssm_panels(2, u, n.deter) +
-         (n.post_layers - 1) * rssm_panels(1, u, u) + rssm_panels(1, z, u) +
-         (z + n.actions) * u + 64;
+         (n.post_layers - 1) * rssm_panels(1, u, u) + rssm_panels(1, z, u) + (z + n.actions) * u +
+         64;
 }
 
 int64_t rssm_scan_workspace(const RssmSizes& n) {
@@ -32,8 +32,9 @@ int64_t rssm_scan_workspace(const RssmSizes& n) {
 }
 
 int64_t rssm_step_preactivations(const RssmSizes& n) {
-  return kRssmGroup * (n.stoch() + (3 + n.hidden_layers) * n.deter +
-                       (3 + n.post_layers) * n.units) + 64;
+  return kRssmGroup * (n.stoch() + (3 + n.hidden_layers) * n.deter + (3 + n.post_layers) * n.units +
+                       32 * (3 + n.hidden_layers + n.post_layers)) +
+         64;
 }
 
 int64_t rssm_phases(const RssmSizes& n) {
@@ -63,9 +64,17 @@ struct Forward {
   int32_t* index;
 
   FWM_INLINE Forward(const RssmScan& a_, Worker& worker_)
-      : a(a_), n(a.size), worker(worker_), d(n.block()), u(n.units), z(n.stoch()),
-        inputs((n.actions > 0 ? 3 : 2) * u), dw(padded(n.deter)), uw(padded(u)),
-        xw(padded(inputs)), items(n.batch) {
+      : a(a_),
+        n(a.size),
+        worker(worker_),
+        d(n.block()),
+        u(n.units),
+        z(n.stoch()),
+        inputs((n.actions > 0 ? 3 : 2) * u),
+        dw(padded(n.deter)),
+        uw(padded(u)),
+        xw(padded(inputs)),
+        items(n.batch) {
     Arena arena{a.packed};
     hidden[0].place(arena, n.blocks, d, d + inputs);
     for (int64_t i = 1; i < n.hidden_layers; ++i) hidden[i].place(arena, n.blocks, d, d);
@@ -135,16 +144,21 @@ struct Forward {
     } else {
       for (int64_t i = 0; i < u; ++i) pre[i] = from[i] + bias[i];
     }
-    for (int64_t i = 0; i < u; ++i) pre[u + i] = a.weights.stoch_in.bias[i];
-    if (!first && t == 0) {
-      const float* stoch = a.stoch + b * a.stoch_row;
-      for (int64_t j = 0; j < z; ++j) add_row(pre + u, stoch_rows + j * u, stoch[j]);
-    } else if (!first) {
-      for (int64_t s = 0; s < n.groups; ++s) {
-        const int64_t chosen = s * n.classes + index[b * n.groups + s];
-        add_row(pre + u, stoch_rows + chosen * u, 1.0f);
-      }
+    // Rows of what is not zero: of a one-hot those of the chosen classes.
+    int32_t* list = reinterpret_cast<int32_t*>(e + b * z);
+    const float* stoch = t == 0 ? a.stoch + b * a.stoch_row : nullptr;
+    int64_t count = 0;
+    for (int64_t j = 0; t == 0 && b + 1 < n.batch && j < z; j += 16) {
+      __builtin_prefetch(stoch + a.stoch_row + j);
     }
+    for (int64_t j = 0; !first && t == 0 && j < z; ++j) {
+      list[count] = (int32_t)j;
+      count += stoch[j] != 0.0f;
+    }
+    for (int64_t s = 0; !first && t > 0 && s < n.groups; ++s) {
+      list[count++] = (int32_t)(s * n.classes) + index[b * n.groups + s];
+    }
+    add_rows(pre + u, a.weights.stoch_in.bias, stoch_rows, list, count, stoch);
     activate(pre, a.weights.deter_in.scale, u, x + b * xw);
     activate(pre + u, a.weights.stoch_in.scale, u, x + b * xw + u);
     if (n.actions == 0) return;
@@ -163,10 +177,31 @@ struct Forward {
     for (int64_t i = 0; i < u; ++i) y[i] += factor * w[i];
   }
 
+  // y = init + the listed rows of w, times what `factors` has there; null: as they are.
+  FWM_INLINE void add_rows(float* y, const float* init, const float* w, const int32_t* list,
+                           int64_t count, const float* factors) const {
+    int64_t i = 0;
+    for (; i + kWide <= u; i += kWide) {
+      Wide sum = load4(init + i);
+      for (int64_t k = 0; k < count; ++k) {
+        const float factor = factors == nullptr ? 1.0f : factors[list[k]];
+        sum = sum + factor * load4(w + list[k] * u + i);
+      }
+      store4(y + i, sum);
+    }
+    for (; i < u; ++i) {
+      float sum = init[i];
+      for (int64_t k = 0; k < count; ++k) {
+        sum += (factors == nullptr ? 1.0f : factors[list[k]]) * w[list[k] * u + i];
+      }
+      y[i] = sum;
+    }
+  }
+
   // One product per panel: y(:, block * out + column) = init + x_block times the panel.
   FWM_INLINE void layer(const Packed& w, const float* in, int64_t in_row, int64_t in_block,
-                        const Part& shared, const float* init, int64_t init_row,
-                        const RssmView& to, int64_t t) {
+                        const Part& shared, const float* init, int64_t init_row, const RssmView& to,
+                        int64_t t) {
     worker.run(items.count(w), [&](int64_t i) {
       const int64_t j = items.panel(i), column = w.block(j) * w.out + w.column(j);
       const Part own{in + w.block(j) * in_block, in_row, w.depth - shared.depth};
@@ -175,8 +210,8 @@ struct Forward {
     });
   }
 
-  FWM_INLINE void activate_rows(const RssmView& from, int64_t t, const float* scale,
-                                int64_t width, float* to, int64_t to_row) {
+  FWM_INLINE void activate_rows(const RssmView& from, int64_t t, const float* scale, int64_t width,
+                                float* to, int64_t to_row) {
     worker.run(n.batch, [&](int64_t b) { activate(from.at(b, t), scale, width, to + b * to_row); });
   }
 
@@ -193,6 +228,29 @@ struct Forward {
     }
   }
 
+  // The gates of `width` units from column `first` of block g, in rows b and b + 1.
+  FWM_INLINE void gate_rows(int64_t t, int64_t g, int64_t first, int64_t width, int64_t b,
+                            int64_t end) {
+    const int64_t column = g * d + first, last = b + 1 < end ? b + 1 : b;
+    const float* x = a.gates.at(b, t) + 2 * g * d + column;
+    const float* y = a.gates.at(last, t) + 2 * g * d + column;
+    float *state = deter + b * dw + column, *next = deter + last * dw + column;
+    float *out = a.out_deter.at(b, t) + column, *out_next = a.out_deter.at(last, t) + column;
+    if (width == kPanel) {
+      const Wide fresh = gru_gate(load2(x, y), load2(x + d, y + d), load2(x + 2 * d, y + 2 * d),
+                                  load2(state, next));
+      store2(state, next, fresh);
+      store2(out, out_next, fresh);
+      return;
+    }
+    for (int64_t k = 0; k < width; ++k) {
+      out[k] = state[k] = gru_gate(x[k], x[d + k], x[2 * d + k], state[k]);
+    }
+    for (int64_t k = 0; last > b && k < width; ++k) {
+      out_next[k] = next[k] = gru_gate(y[k], y[d + k], y[2 * d + k], next[k]);
+    }
+  }
+
   // Three products for the same units, then the gates on what is still in cache.
   void gates(int64_t t) {
     const int64_t panels = gru.panels, count = n.blocks * panels * items.chunks;
@@ -206,16 +264,8 @@ struct Forward {
         const Target to{a.weights.gru.bias + column, 0, y + column, a.gates.row, gru.width(item)};
         product(gru.panel(item), own, kNone, to, items.begin(i), items.end(i));
       }
-      const int64_t first = c * kPanel, width = gru.width(c);
-      for (int64_t b = items.begin(i); b < items.end(i); ++b) {
-        const float* raw_gates = a.gates.at(b, t) + 3 * g * d + first;
-        float* state = deter + b * dw + g * d + first;
-        float* out = a.out_deter.at(b, t) + g * d + first;
-#pragma omp simd
-        for (int64_t k = 0; k < width; ++k) {
-          state[k] = gru_gate(raw_gates[k], raw_gates[d + k], raw_gates[2 * d + k], state[k]);
-          out[k] = state[k];
-        }
+      for (int64_t b = items.begin(i); b < items.end(i); b += 2) {
+        gate_rows(t, g, c * kPanel, gru.width(c), b, items.end(i));
       }
     });
   }
@@ -256,9 +306,8 @@ struct Forward {
     float* hot = a.one_hot.data == nullptr ? nullptr : a.one_hot.at(b, t);
     for (int64_t i = 0; hot != nullptr && i < z; ++i) hot[i] = 0.0f;
     for (int64_t s = 0; s < n.groups; ++s, mass += n.classes, logits += n.classes) {
-      const int64_t chosen = a.noise == nullptr
-                                 ? largest(logits, n.classes)
-                                 : draw(mass, n.classes, a.unimix, a.noise[at + s]);
+      const int64_t chosen = a.noise == nullptr ? largest(logits, n.classes)
+                                                : draw(mass, n.classes, a.unimix, a.noise[at + s]);
       index[b * n.groups + s] = (int32_t)chosen;
       if (a.index8 != nullptr) a.index8[at + s] = (uint8_t)chosen;
       if (a.index64 != nullptr) a.index64[at + s] = chosen;
@@ -269,6 +318,9 @@ struct Forward {
   void run() {
     worker.run(n.batch, [&](int64_t b) {
       const float* start = a.deter + b * a.deter_row;
+      if (b + 1 < n.batch) {
+        for (int64_t i = 0; i < n.deter; i += 16) __builtin_prefetch(start + a.deter_row + i);
+      }
       for (int64_t i = 0; i < n.deter; ++i) deter[b * dw + i] = start[i];
     });
     read_deter(0, false, true);
@@ -322,8 +374,8 @@ void rssm_step(const RssmScan& a, Worker worker) {
     // Pre-activations live behind the workspace of the scan.
     float* next = memory + a.scratch;
     auto view = [&](int64_t width) {
-      const RssmView piece{next, width, 0};
-      next += kRssmGroup * width;
+      const RssmView piece{next, padded(width), 0};
+      next += kRssmGroup * piece.row;
       return piece;
     };
     part.logits = view(n.stoch());

@@ -8,6 +8,7 @@
 // The sum over depth has one order whatever the batch and the threads.
 
 #include "cpu/vec.h"
+#include "cpu/wide.h"
 
 #undef FWM_ROWS
 #if FWM_VECTOR_BYTES == 64
@@ -23,8 +24,8 @@ namespace {
 
 constexpr int64_t kPanel = 2 * kVec;
 constexpr int kRows = FWM_ROWS;
-constexpr int64_t kChunk = 64;   // rows that share one pass over a panel
-constexpr int64_t kSlice = 192;  // depth of a panel that one pass covers: 24 KB at most
+constexpr int64_t kChunk = 64;           // rows that share one pass over a panel
+constexpr int64_t kSlice = 192;          // depth of a panel that one pass covers: 24 KB at most
 constexpr int64_t kAhead = 16 * kPanel;  // how far ahead weights are asked for
 constexpr float kEps = 1e-4f;
 
@@ -63,8 +64,8 @@ struct Packed {
 };
 
 // Rows [first, first + depth) of a panel from source[n * step_out + k * step_in], n < width.
-FWM_INLINE void pack(float* panel, int64_t first, int64_t depth, int64_t width,
-                     const float* source, int64_t step_out, int64_t step_in) {
+FWM_INLINE void pack(float* panel, int64_t first, int64_t depth, int64_t width, const float* source,
+                     int64_t step_out, int64_t step_in) {
   panel += first * kPanel;
   for (int64_t k = 0; k < depth; ++k) {
     for (int64_t n = 0; n < width; ++n) panel[k * kPanel + n] = source[n * step_out + k * step_in];
@@ -107,30 +108,45 @@ struct Target {
 #include "cpu/rssm_tile.h"
 #endif
 
-FWM_INLINE void product_rows(const float* panel, const Part& part, const Target& to,
-                             int64_t begin, int64_t end) {
+FWM_INLINE void product_rows(const float* panel, const Part& part, const Target& to, int64_t begin,
+                             int64_t end) {
   int64_t row = begin;
   for (; row + kRows <= end; row += kRows) FWM_JOIN(tile, FWM_ROWS)(panel, part, to, row);
   switch (end - row) {
-    case 1: tile1(panel, part, to, row); break;
-    case 2: tile2(panel, part, to, row); break;
-    case 3: tile3(panel, part, to, row); break;
+    case 1:
+      tile1(panel, part, to, row);
+      break;
+    case 2:
+      tile2(panel, part, to, row);
+      break;
+    case 3:
+      tile3(panel, part, to, row);
+      break;
 #if FWM_ROWS > 4
-    case 4: tile4(panel, part, to, row); break;
-    case 5: tile5(panel, part, to, row); break;
+    case 4:
+      tile4(panel, part, to, row);
+      break;
+    case 5:
+      tile5(panel, part, to, row);
+      break;
 #endif
 #if FWM_ROWS > 6
-    case 6: tile6(panel, part, to, row); break;
-    case 7: tile7(panel, part, to, row); break;
+    case 6:
+      tile6(panel, part, to, row);
+      break;
+    case 7:
+      tile7(panel, part, to, row);
+      break;
 #endif
-    default: break;
+    default:
+      break;
   }
 }
 
 // y = init + [a, b] times one panel, for rows [begin, end). Depth goes in slices that stay in L1
 // while all rows pass.
-FWM_INLINE void product(const float* panel, const Part& a, const Part& b, Target to,
-                        int64_t begin, int64_t end) {
+FWM_INLINE void product(const float* panel, const Part& a, const Part& b, Target to, int64_t begin,
+                        int64_t end) {
   for (const Part& part : {a, b}) {
     for (int64_t k = 0; k < part.depth; k += kSlice) {
       const int64_t depth = part.depth - k < kSlice ? part.depth - k : kSlice;
@@ -158,16 +174,28 @@ struct Items {
 
 FWM_INLINE float inverse_root(const float* x, int64_t n) {
   float squares = 0.0f;
+  int64_t i = 0;
+  if (n >= kWide) {
+    Wide sum{};
+    for (; i + kWide <= n; i += kWide) {
+      const Wide row = load4(x + i);
+      sum = sum + row * row;
+    }
+    const Vec lanes = (sum.v[0] + sum.v[1]) + (sum.v[2] + sum.v[3]);
+    for (int64_t k = 0; k < kVec; ++k) squares += lanes[k];
+  }
 #pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < n; ++i) squares += x[i] * x[i];
+  for (int64_t k = i; k < n; ++k) squares += x[k] * x[k];
   return 1.0f / sqrtf(squares / (float)n + kEps);
 }
 
 // y = silu(x / rms(x) * scale)
 FWM_INLINE void activate(const float* x, const float* scale, int64_t n, float* y) {
   const float root = inverse_root(x, n);
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) store4(y + i, silu(load4(x + i) * root * load4(scale + i)));
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] = silu(x[i] * root * scale[i]);
+  for (int64_t k = i; k < n; ++k) y[k] = silu(x[k] * root * scale[k]);
 }
 
 // From the gradient g of y: dx into d, y again into y, and the gradient of scale added to total.
