@@ -17,14 +17,17 @@ namespace {
 // chunks. fill(entry, i) sets what is particular to the table.
 template <class Table, class Fill>
 std::vector<Table> tables(const Tensors& tensors, const Fill& fill) {
+  int64_t all = 0;
+  for (const Tensor& tensor : tensors) all += tensor.numel();
+  const int64_t elements = cuda::elements_of_block(all);
   std::vector<Table> result;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (i % cuda::kTableTensors == 0) result.emplace_back();
+    if (i % cuda::kTableTensors == 0) result.emplace_back().elements = elements;
     Table& table = result.back();
     auto& entry = table.tensor[table.tensors++];
     entry.count = tensors[i].numel();
     entry.first_chunk = table.chunks;
-    table.chunks += static_cast<int32_t>((entry.count + cuda::kChunk - 1) / cuda::kChunk);
+    table.chunks += static_cast<int32_t>((entry.count + elements - 1) / elements);
     fill(entry, i);
   }
   return result;
@@ -74,9 +77,10 @@ std::vector<cuda::OptimTable> optim_tables(Lists& a, double weight_decay) {
     entry.low = a.low.empty() ? nullptr : static_cast<Bf16*>(a.low[i].mutable_data_ptr());
     entry.weight_decay = a.decay[i] != 0 ? static_cast<float>(weight_decay) : 0.0f;
   });
+  if (list.empty()) list.emplace_back().elements = cuda::elements_of_block(0);
+  list[0].first = true;
   for (size_t i = 1; i < list.size(); ++i) {
     list[i].chunk_offset = list[i - 1].chunk_offset + list[i - 1].chunks;
-    list[i].tensor_offset = list[i - 1].tensor_offset + list[i - 1].tensors;
   }
   return list;
 }
@@ -97,21 +101,20 @@ std::tuple<Tensor, Tensor> update(const char* op, Lists a, cuda::OptimSettings s
   settings.grad_scale = grad_scale ? scalar_ptr(op, "grad_scale", *grad_scale, like) : nullptr;
   settings.step_long = counts ? mutable_ptr<int64_t>(step) : nullptr;
   settings.step_float = counts ? nullptr : mutable_ptr(step);
-  settings.tensors = static_cast<int64_t>(a.params.size());
 
   const auto list = optim_tables(a, weight_decay);
-  const int64_t chunks = list.empty() ? 0 : list.back().chunk_offset + list.back().chunks;
+  settings.chunks = list.back().chunk_offset + list.back().chunks;
   const std::vector<int64_t> scalar;
   Tensor norm = allocate(lr, scalar), finite = allocate(lr, scalar, ScalarType::Bool);
-  Tensor sums = allocate(lr, {chunks + 1, 2}, ScalarType::Double);
-  Tensor starts = allocate(lr, {settings.tensors + 1}, ScalarType::Int);
-  Tensor factors = allocate(lr, {settings.tensors}), scalars = allocate(lr, {3});
+  Tensor sums = allocate(lr, {2, settings.chunks}, ScalarType::Double);
+  Tensor corrections = allocate(lr, {2});
   settings.norm = mutable_ptr(norm);
   settings.finite = mutable_ptr<bool>(finite);
-  const cuda::OptimState state{mutable_ptr<double>(sums), mutable_ptr<int32_t>(starts),
-                               mutable_ptr(factors), mutable_ptr(scalars)};
-  for (const auto& table : list) STD_CUDA_CHECK(cuda::optim_sums(table, state, device.stream()));
-  STD_CUDA_CHECK(cuda::optim_settle(settings, state, device.stream()));
+  double* const squares = mutable_ptr<double>(sums);
+  const cuda::OptimState state{squares, squares + settings.chunks, mutable_ptr(corrections)};
+  for (const auto& table : list) {
+    STD_CUDA_CHECK(cuda::optim_sums(table, settings, state, device.stream()));
+  }
   for (const auto& table : list) {
     STD_CUDA_CHECK(cuda::optim_update(table, settings, state, device.stream()));
   }

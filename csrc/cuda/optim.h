@@ -9,7 +9,13 @@
 
 namespace fastwm::cuda {
 
-constexpr int64_t kChunk = 8192;  // elements of a block
+// Elements of a block: so many that there are about a thousand blocks, for every block reads the
+// sums of all, but no fewer than keep it busy.
+inline int64_t elements_of_block(int64_t elements) {
+  constexpr int64_t kLeast = 8192, kBlocks = 1024, kThreads = 256;
+  const int64_t share = (elements + kBlocks * kThreads - 1) / (kBlocks * kThreads) * kThreads;
+  return share > kLeast ? share : kLeast;
+}
 // What fits the arguments of a kernel: 32 kB since CUDA 12.1, 4 kB before.
 constexpr int kTableTensors = CUDART_VERSION >= 12010 ? 448 : 48;
 
@@ -24,16 +30,16 @@ struct OptimTensor {
 };
 struct OptimTable {
   int32_t tensors, chunks;
-  int64_t chunk_offset, tensor_offset;  // of this table in the whole list
+  int64_t elements;      // of a chunk
+  int64_t chunk_offset;  // of this table in the whole list
+  bool first;            // of the whole list
   OptimTensor tensor[kTableTensors];
 };
 
 // What the kernels hand on in device memory.
 struct OptimState {
-  double* sums;          // (chunks + 1, 2): sums of squares of gradient and parameter
-  int32_t* first_chunk;  // (tensors + 1)
-  float* factor;         // (tensors): what the gradient is multiplied with, for LaProp
-  float* scalars;        // (3): corrections of both moments, the factor for Adam
+  double *grads, *params;  // (chunks): sums of squares
+  float* corrections;      // (2), of both moments
 };
 struct OptimSettings {
   bool adam;
@@ -46,15 +52,15 @@ struct OptimSettings {
   double beta1, beta2;
   float eps, slow_rate;
   bool nesterov, decoupled;
-  int64_t tensors;
-  float* norm;   // out
-  bool* finite;  // out
+  int64_t chunks;  // of the whole list
+  float* norm;     // out
+  bool* finite;    // out
 };
 
-// In this order: sums of every table, then once settle, then the update of every table.
-cudaError_t optim_sums(const OptimTable& table, const OptimState& state, cudaStream_t stream);
-cudaError_t optim_settle(const OptimSettings& settings, const OptimState& state,
-                         cudaStream_t stream);
+// In this order: the sums of every table, then the update of every table. Both take the whole
+// list's first table even if it is empty.
+cudaError_t optim_sums(const OptimTable& table, const OptimSettings& settings,
+                       const OptimState& state, cudaStream_t stream);
 cudaError_t optim_update(const OptimTable& table, const OptimSettings& settings,
                          const OptimState& state, cudaStream_t stream);
 
@@ -66,6 +72,7 @@ struct EmaTensor {
 };
 struct EmaTable {
   int32_t tensors, chunks;
+  int64_t elements;  // of a chunk
   EmaTensor tensor[kTableTensors];
 };
 cudaError_t ema_update(const EmaTable& table, float rate, const bool* finite, cudaStream_t stream);

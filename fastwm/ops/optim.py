@@ -1,6 +1,6 @@
 """Optimizer steps over lists of tensors: LaProp behind adaptive clipping (DreamerV3), and Adam.
 
-On CUDA a step is three launches for up to 448 tensors, and nothing is read on the host; `step` and
+On CUDA a step is two launches for up to 448 tensors, and nothing is read on the host; `step` and
 `lr` have to live beside the parameters, else the plain PyTorch path is taken.
 """
 

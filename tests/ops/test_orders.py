@@ -50,3 +50,35 @@ def test_gradient_of_the_scale_over_many_rows_and_wide_rows():
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
         for other in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", ["laprop_agc_", "adam_"])
+def test_optimizers_over_several_tables_and_chunks(name):
+    """Every block adds the sums of all blocks, those of other launches too; a bad gradient in the
+    last launch keeps the first from writing."""
+    shapes = [(17000,), (0,), *[(3,)] * 460]
+    start = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
+    start.append([torch.rand(shape) for shape in shapes])
+
+    def run(update, bad=False):
+        lists = [[t.clone() for t in group] for group in start]
+        slow, step = [t.clone() for t in lists[0]], torch.tensor(4)
+        lists[1][-1][2] = float("inf") if bad else 1.0
+        copies = ops.Copies(slow, 0.1)
+        options = {"clip_norm": 1.0} if name == "adam_" else {"weight_decay": 0.1}
+        norm, finite = update(*lists, step, torch.tensor(1e-2), copies=copies, **options)
+        return [norm, finite, step, *lists[0], *lists[2], *lists[3], *slow]
+
+    expected = run(getattr(ops, name.removesuffix("_") + "_ref_"))
+    runs = []
+    for order in (-1, 7):
+        with emulate.instead_of_cpu(order):
+            runs.append(run(getattr(ops, name)))
+    with emulate.instead_of_cpu(-2):
+        _, finite, step, *written = run(getattr(ops, name), bad=True)
+    assert not finite and step == 4
+    before = [*start[0], *start[2], *start[3], *start[0]]
+    assert all(torch.equal(a, b) for a, b in zip(written, before, strict=True))
+    for one, same, want in zip(*runs, expected, strict=True):
+        assert torch.equal(one, same)
+        torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-5)
