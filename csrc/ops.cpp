@@ -82,7 +82,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
   m.def("pool_silu(Tensor x, Tensor bias, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("pool_silu_backward(Tensor grad_y, Tensor pooled, Tensor index, Tensor scale, float eps, "
         "int height, int width) -> (Tensor, Tensor, Tensor)");
-  // grad_x, grad_weight, grad_bias, grad_scale with the convolution before it; on the CPU only
+  // with a 5 x 5 convolution before it, and the gradients of x, weight, bias, scale of k x k; x may
+  // be bytes, each byte / 255 - 1/2; on the CPU only
+  m.def("pool_conv(Tensor x, Tensor weight, Tensor bias, Tensor scale, float eps) "
+        "-> (Tensor, Tensor, Tensor)");
   m.def("pool_conv_backward(Tensor grad_y, Tensor pooled, Tensor index, Tensor scale, float eps, "
         "Tensor x, Tensor weight, bool want_x) -> (Tensor, Tensor, Tensor, Tensor)");
 

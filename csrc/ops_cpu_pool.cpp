@@ -25,6 +25,23 @@ std::tuple<Tensor, Tensor, Tensor> pool_silu_cpu(Tensor x, Tensor bias, Tensor s
   return {y, pooled, index};
 }
 
+// Images (N, H, W, C), row-major: numbers or bytes.
+Tensor images_arg(const char* op, const Tensor& x, const Tensor& like, const PoolShape& shape,
+                  int64_t inputs) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Byte, op,
+                  ": expected x of dtype Float or Byte, got ", torch::headeronly::toString(type));
+  return rows_arg(op, "x", x, like, "(N, H, W, C)",
+                  {shape.images, shape.height, shape.width, inputs}, type);
+}
+
+template <class Args>
+void set_images(Args& args, const Tensor& x) {
+  const bool bytes = x.scalar_type() == ScalarType::Byte;
+  args.x = bytes ? nullptr : ptr(x);
+  args.bytes = bytes ? ptr<uint8_t>(x) : nullptr;
+}
+
 // The images are cut into ranges that do not depend on the number of threads, and their sums are
 // added in order: two runs are equal bit by bit on any machine.
 struct Ranges {
@@ -47,6 +64,42 @@ const float* total(float* parts, const Ranges& ranges, int64_t size) {
     for (int64_t u = 0; u < size; ++u) parts[u] += parts[i * size + u];
   }
   return parts;
+}
+
+std::tuple<Tensor, Tensor, Tensor> pool_conv_cpu(Tensor x, Tensor weight, Tensor bias, Tensor scale,
+                                                 double eps) {
+  constexpr const char* op = "pool_conv";
+  check_shape(op, "x", x, "(N, H, W, C)", {-1, -1, -1, -1});
+  check_shape(op, "weight", weight, "(C', C, 5, 5)", {-1, x.size(3), 5, 5});
+  const PoolShape shape{x.size(0), x.size(1), x.size(2), weight.size(0)};
+  const Tensor input = images_arg(op, x, weight, shape, x.size(3));
+  const Tensor filter =
+      float_arg(op, "weight", weight, weight, "(C', C, 5, 5)", {-1, x.size(3), 5, 5});
+  check_pool_vector(op, "bias", bias, weight, shape.channels);
+  check_pool_vector(op, "scale", scale, weight, shape.channels);
+  const Tensor offset = dense(bias), gain = dense(scale);
+
+  Tensor y = allocate(filter, shape.pooled()), pooled = allocate(filter, shape.pooled());
+  Tensor index = allocate(filter, shape.pooled(), ScalarType::Byte);
+  if (product(shape.pooled()) == 0) return {y, pooled, index};
+  PoolStage args{
+      nullptr, nullptr, nullptr, ptr(offset), ptr(gain), x.size(3), shape.as<PoolSizes>(eps)};
+  set_images(args, input);
+  Tensor packed = allocate(filter, {args.packed()});
+  pool_stage_pack(args, ptr(filter), mutable_ptr(packed));
+  args.weight = ptr(packed);
+  const PoolStagePlan plan = pool_stage_plan(args);
+  const int64_t groups = (shape.images + plan.images - 1) / plan.images;
+  const Ranges ranges(groups);
+  Tensor scratch = allocate(filter, {ranges.count, plan.scratch});
+  const PoolStageResults to{mutable_ptr(y), mutable_ptr(pooled), mutable_ptr<uint8_t>(index)};
+  float* memory = mutable_ptr(scratch);
+  ranges.run(groups, 25 * args.inputs * shape.image() * plan.images,
+             [&](int64_t i, int64_t begin, int64_t end) {
+               pool_stage(args, memory + i * plan.scratch, to, begin * plan.images,
+                          std::min(shape.images, end * plan.images));
+             });
+  return {y, pooled, index};
 }
 
 std::tuple<Tensor, Tensor, Tensor> pool_silu_backward_cpu(Tensor grad_y, Tensor pooled,
@@ -77,6 +130,18 @@ std::tuple<Tensor, Tensor, Tensor> pool_silu_backward_cpu(Tensor grad_y, Tensor 
   return {grad_x, grad_bias, grad_scale};
 }
 
+// sum (C', k, taps) -> (C', C, k, k)
+void unpack_weight_grad(const PoolConv& a, const float* sum, float* to) {
+  for (int64_t o = 0; o < a.pool.n.channels; ++o) {
+    for (int64_t c = 0; c < a.inputs; ++c) {
+      for (int64_t tap = 0; tap < a.kernel * a.kernel; ++tap) {
+        const int64_t row = tap / a.kernel, column = tap % a.kernel;
+        *to++ = sum[(o * a.kernel + row) * a.taps() + column * a.inputs + c];
+      }
+    }
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> pool_conv_backward_cpu(Tensor grad_y, Tensor pooled,
                                                                   Tensor index, Tensor scale,
                                                                   double eps, Tensor x,
@@ -94,42 +159,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_conv_backward_cpu(Tensor grad_y,
                   width);
   const Tensor filter =
       float_arg(op, "weight", weight, pooled, "(C', C, k, k)", {channels, inputs, kernel, kernel});
-  const Tensor input =
-      float_arg(op, "x", x, pooled, "(N, H, W, C)", {shape.images, height, width, inputs});
+  const Tensor input = images_arg(op, x, pooled, shape, inputs);
+  STD_TORCH_CHECK(!want_x || input.scalar_type() == ScalarType::Float, op,
+                  ": expected x of dtype Float where its gradient is wanted, got Byte");
   const Tensor grad = dense(grad_y), found = dense(pooled), from = dense(index);
   const Tensor gain = dense(scale);
 
   PoolConv args{{ptr(grad), ptr(found), ptr<uint8_t>(from), ptr(gain), shape.as<PoolSizes>(eps)},
-                ptr(input),
+                nullptr,
+                nullptr,
                 nullptr,
                 inputs,
                 kernel};
-  Tensor packed = allocate(x, {want_x ? args.packed() : 0});
+  set_images(args, input);
+  Tensor packed = allocate(filter, {want_x ? args.packed() : 0});
   if (want_x) {
     pool_conv_pack(args, ptr(filter), mutable_ptr(packed));
     args.weight = ptr(packed);
   }
   const Ranges ranges(shape.images);
   const int64_t size = args.sums() + 2 * channels, room = args.scratch();
-  Tensor grad_x = want_x ? allocate(x, sizes_of(x)) : allocate(x, {0});
-  Tensor sums = allocate(x, {ranges.count, size}), scratch = allocate(x, {ranges.count, room});
+  Tensor grad_x = want_x ? allocate(x, sizes_of(x)) : allocate(filter, {0});
+  Tensor sums = allocate(filter, {ranges.count, size});
+  Tensor scratch = allocate(filter, {ranges.count, room});
   float *out = mutable_ptr(grad_x), *parts = mutable_ptr(sums), *memory = mutable_ptr(scratch);
   ranges.run(shape.images, kernel * kernel * inputs * shape.image(),
              [&](int64_t i, int64_t begin, int64_t end) {
                pool_conv_backward(args, memory + i * room, out, parts + i * size, begin, end);
              });
   const float* sum = total(parts, ranges, size);
-  Tensor grad_weight = allocate(x, {channels, inputs, kernel, kernel});
-  Tensor grad_bias = allocate(x, {channels}), grad_scale = allocate(x, {channels});
-  float* to = mutable_ptr(grad_weight);
-  for (int64_t o = 0; o < channels; ++o) {
-    for (int64_t c = 0; c < inputs; ++c) {
-      for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
-        const int64_t row = tap / kernel, column = tap % kernel;
-        *to++ = sum[(o * kernel + row) * args.taps() + column * inputs + c];
-      }
-    }
-  }
+  Tensor grad_weight = allocate(filter, {channels, inputs, kernel, kernel});
+  Tensor grad_bias = allocate(gain, {channels}), grad_scale = allocate(gain, {channels});
+  unpack_weight_grad(args, sum, mutable_ptr(grad_weight));
   sum += args.sums();
   std::copy(sum, sum + channels, mutable_ptr(grad_bias));
   std::copy(sum + channels, sum + 2 * channels, mutable_ptr(grad_scale));
@@ -142,5 +203,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_conv_backward_cpu(Tensor grad_y,
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
   m.impl("pool_silu", TORCH_BOX(&fastwm::pool_silu_cpu));
   m.impl("pool_silu_backward", TORCH_BOX(&fastwm::pool_silu_backward_cpu));
+  m.impl("pool_conv", TORCH_BOX(&fastwm::pool_conv_cpu));
   m.impl("pool_conv_backward", TORCH_BOX(&fastwm::pool_conv_backward_cpu));
 }

@@ -304,9 +304,10 @@ class Encoder(nn.Module):
         return torch.cat(parts, -1)
 
     def encode_images(self, obs: dict[str, Tensor]) -> Tensor:
-        x = torch.cat([obs[key] for key in self.image_keys], -1)  # (B, T, H, W, C) uint8
+        images = [obs[key] for key in self.image_keys]
+        x = images[0] if len(images) == 1 else torch.cat(images, -1)  # (B, T, H, W, C) uint8
         lead = x.shape[:-3]
-        x = x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2).float().div_(255.0).sub_(0.5)
+        x = x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2)
         for conv in self.convs:
             x = ops.conv_pool_silu(x, conv.weight, conv.bias, conv.scale)
         return x.permute(0, 2, 3, 1).reshape(*lead, -1)

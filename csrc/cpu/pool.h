@@ -5,6 +5,8 @@
 
 #include <stdint.h>
 
+#include "scalars.h"
+
 namespace fastwm {
 
 struct PoolSizes {
@@ -25,6 +27,35 @@ struct PoolSilu {
 void pool_silu(const PoolSilu& a, float* y, float* pooled, uint8_t* index, int64_t begin,
                int64_t end);
 
+// A whole stage: a 5 x 5 convolution of C inputs with SAME padding, and the above.
+struct PoolStage {
+  const float* x;        // (N, H, W, C), or null and
+  const uint8_t* bytes;  // (N, H, W, C), each byte / 255 - 1/2
+  const float* weight;   // packed by pool_stage_pack
+  const float* bias;     // (C')
+  const float* scale;    // (C')
+  int64_t inputs;
+  PoolSizes n;
+  int64_t packed() const { return 6 * 5 * inputs * n.channels; }
+};
+struct PoolStagePlan {
+  int64_t scratch;  // floats that one worker needs
+  int64_t images;   // so many go together where they are narrower than a vector
+};
+struct PoolStageResults {  // (N, H/2, W/2, C')
+  float* y;
+  float* pooled;
+  uint8_t* index;
+};
+PoolStagePlan pool_stage_plan(const PoolStage& a);
+void pool_stage_pack(const PoolStage& a, const float* weight, float* packed);  // (C', C, 5, 5)
+void pool_stage(const PoolStage& a, float* scratch, const PoolStageResults& to, int64_t begin,
+                int64_t end);
+
+// A pixel as a kernel reads it.
+inline __attribute__((always_inline)) float pixel(float x) { return x; }
+inline __attribute__((always_inline)) float pixel(uint8_t x) { return unit_byte(x) - 0.5f; }
+
 struct PoolSiluGrad {
   const float* grad_y;   // (N, H/2, W/2, C')
   const float* pooled;   // (N, H/2, W/2, C')
@@ -41,8 +72,9 @@ void pool_silu_backward(const PoolSiluGrad& a, float* scratch, float* grad_x, fl
 // gradient, so that a quarter of the library's multiplications remain.
 struct PoolConv {
   PoolSiluGrad pool;
-  const float* x;       // (N, H, W, C)
-  const float* weight;  // packed by pool_conv_pack; null: no gradient of x is wanted
+  const float* x;        // (N, H, W, C), or null and
+  const uint8_t* bytes;  // (N, H, W, C), each byte / 255 - 1/2
+  const float* weight;   // packed by pool_conv_pack; null: no gradient of x is wanted
   int64_t inputs, kernel;
   int64_t lanes() const { return (inputs + 7) / 8 * 8; }              // C in whole vectors
   int64_t taps() const { return (kernel * inputs + 7) / 8 * 8; }      // a row of the kernel in them

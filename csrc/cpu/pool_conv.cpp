@@ -196,7 +196,8 @@ void find(const PoolSiluGrad& a, int64_t image, int64_t line, int64_t stride, fl
   }
 }
 
-void pad(const PoolConv& a, const float* x, float* padded) {
+template <class T>
+void pad(const PoolConv& a, const T* x, float* padded) {
   const int64_t border = a.kernel / 2, height = a.pool.n.height, width = a.pool.n.width;
   const int64_t line = (width + 2 * border) * a.inputs, inner = width * a.inputs;
   const int64_t total = (height + 2 * border) * line + 8;  // whole vectors may read past the end
@@ -205,7 +206,7 @@ void pad(const PoolConv& a, const float* x, float* padded) {
   for (int64_t i = 0; i < height; ++i) {
     float* to = padded + (border + i) * line;
     for (int64_t j = 0; j < side; ++j) to[j] = to[side + inner + j] = 0.0f;
-    for (int64_t j = 0; j < inner; ++j) to[side + j] = x[i * inner + j];
+    for (int64_t j = 0; j < inner; ++j) to[side + j] = pixel(x[i * inner + j]);
   }
   for (int64_t i = (height + border) * line; i < total; ++i) padded[i] = 0.0f;
 }
@@ -241,7 +242,8 @@ void pool_conv_backward(const PoolConv& a, float* scratch, float* grad_x, float*
   find<width>(a.pool, i, line, stride, grads, lists, found, grad_bias, grad_scale)
     FWM_FOR_WIDTH(n.channels, FWM_FORM)
 #undef FWM_FORM
-    pad(a, a.x + i * pixels * a.inputs, image);
+    if (a.bytes) pad(a, a.bytes + i * pixels * a.inputs, image);
+    if (a.x) pad(a, a.x + i * pixels * a.inputs, image);
     if (a.weight) {
       for (int64_t j = 0; j < padded * a.lanes(); ++j) image_grad[j] = 0.0f;
     }

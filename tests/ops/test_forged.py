@@ -45,6 +45,7 @@ FREE = {
     ("mlp", "x"): "leading",
     ("mlp", "weights"): ("list longer",),  # the linear output gets a scale
     ("mlp_pack", "weights"): "any",
+    ("pool_conv", "x"): "leading",
     ("pool_silu", "x"): "leading",
     ("pool_conv_backward", "x"): ("longer -3", "shorter -2"),  # an edge that pooling drops
     ("rms_silu", "x"): "leading",

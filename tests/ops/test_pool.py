@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from fastwm.ops import available, conv_pool_silu, conv_pool_silu_ref, pool_silu, pool_silu_ref
 from fastwm.ops._backend import raw
 
-# N, C, H, W, C', k: odd sizes, one channel, whole vectors and not, no images
+# N, C, H, W, C', k: odd sizes, one channel, whole vectors and not, no images, many rows
 STAGES = [
     (2, 3, 4, 6, 8, 5), (3, 8, 7, 9, 12, 5), (5, 12, 6, 4, 16, 5), (2, 5, 6, 6, 7, 3),
     (1, 1, 2, 2, 2, 1), (0, 3, 4, 4, 2, 5), (19, 20, 4, 4, 32, 5), (2, 17, 6, 6, 3, 7),
+    (2, 20, 38, 34, 5, 5), (1, 4, 23, 40, 10, 5), (5, 1, 9, 2, 2, 5),  # in bands; narrow
 ]  # fmt: skip
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 fused_only = pytest.mark.skipif(not available("cpu"), reason="no compiled kernels")
@@ -64,6 +65,42 @@ def test_pool_matches_reference(n, c, h, w, layout, variant, near):
     leaves = inputs(n, c, h, w)
     leaves[0] = leaves[0].detach().to(memory_format=layout).requires_grad_()
     agree(pool_silu, pool_silu_ref, leaves, near)
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_bytes_are_numbers(k, whole, near):
+    """Bytes of images count as x / 255 - 1/2, forward and backward."""
+    _, *rest = stage(k=k)
+    x = torch.randint(256, (2, 6, 7, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    numbers = x.float() / 255 - 0.5
+    got = gradients(lambda *args: conv_pool_silu(x, *args), rest)
+    want = gradients(lambda *args: conv_pool_silu(numbers, *args), rest)
+    for a, b in zip(got, want, strict=True):
+        near(a, b, 1e-6)
+    with torch.no_grad():
+        near(conv_pool_silu(x, *rest), got[0], 1e-6)
+        near(conv_pool_silu_ref(x, *rest), got[0], 1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(conv_pool_silu(x, *rest), conv_pool_silu(numbers, *rest))
+
+
+@fused_only
+def test_equal_pixels_have_equal_results():
+    """Away from the border all four results of a square are the same: the first one counts."""
+    _, weight, bias, scale = stage(c=3, out=9)
+    x = (torch.randn(2, 1, 1, 3) + torch.zeros(2, 16, 18, 3)).contiguous()
+    index = raw.pool_conv(x, weight, bias, scale, 1e-4)[2]
+    assert (index[:, 1:-1, 1:-1] == 0).all() and (index != 0).any()
+
+
+@fused_only
+@pytest.mark.parametrize("where", [(0, 0), (5, 4), (7, 9)])
+def test_not_a_number_spoils_the_squares_that_see_it(where):
+    x, weight, bias, scale = (t.detach() for t in stage(n=3, h=8, w=10))
+    x[1, 2, where[0], where[1]] = float("nan")
+    want = F.max_pool2d(F.conv2d(x, weight, padding=2), 2).isnan().permute(0, 2, 3, 1)
+    y, pooled, _ = raw.pool_conv(x.permute(0, 2, 3, 1).contiguous(), weight, bias, scale, 1e-4)
+    assert torch.equal(pooled.isnan(), want) and torch.equal(y.isnan(), want) and want.any()
 
 
 def test_equals_library(whole, close):
@@ -127,7 +164,7 @@ def test_two_runs_are_equal_on_any_number_of_threads():
     results, before = [], torch.get_num_threads()
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
-        results.append(gradients(conv_pool_silu, leaves)[2:] + gradients(pool_silu, pooled))
+        results.append(gradients(conv_pool_silu, leaves) + gradients(pool_silu, pooled))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -146,6 +183,9 @@ def test_opcheck():
     y, pooled, index = raw.pool_silu(rows, *tail)
     args = (torch.randn_like(y), pooled, index, scale, 1e-4)
     torch.library.opcheck(raw.pool_silu_backward.default, (*args, 6, 4))
+    for images in (x, torch.randint(256, x.shape, dtype=torch.uint8)):
+        stage_args = (images.permute(0, 2, 3, 1).contiguous(), weight, bias, scale, 1e-4)
+        torch.library.opcheck(raw.pool_conv.default, stage_args)
     for want_x in (True, False):
         rest = (x.permute(0, 2, 3, 1).contiguous(), weight, want_x)
         torch.library.opcheck(raw.pool_conv_backward.default, (*args, *rest))
@@ -180,8 +220,12 @@ def test_bad_input_messages(variant):
         conv_pool_silu(x, weight, bias[1:], scale)
     with pytest.raises(ValueError, match=r"pool_silu: expected scale of shape \(C,\) = \(3,\)"):
         pool_silu(x, bias[:3], scale)
-    with pytest.raises(TypeError, match="dtype a floating type, got int64"):
-        pool_silu(x.long(), bias[:3], scale[:3])
+    for function, args in ((pool_silu, (bias[:3], scale[:3])),
+                           (conv_pool_silu, (weight, bias, scale))):  # fmt: skip
+        with pytest.raises(TypeError, match="dtype a floating type, got int64"):
+            function(x.long(), *args)
+    with pytest.raises(TypeError, match="dtype a floating type, got uint8"):
+        pool_silu(x.byte(), bias[:3], scale[:3])
 
 
 @fused_only
@@ -194,5 +238,11 @@ def test_raw_ops_refuse_forged_input():
     with pytest.raises(RuntimeError, match=r"pooled of shape .* = \(2, 4, 2, 8\)"):
         raw.pool_silu_backward(y, pooled, index, scale, 1e-4, 8, 4)
     images = x.permute(0, 2, 3, 1)
+    with pytest.raises(RuntimeError, match=r"weight of shape .* = \(-1, 3, 5, 5\)"):
+        raw.pool_conv(images, weight[..., 1:4, 1:4], bias, scale, 1e-4)
+    with pytest.raises(RuntimeError, match=r"pool_conv: expected x of dtype Float or Byte"):
+        raw.pool_conv(images.double(), weight, bias, scale, 1e-4)
+    with pytest.raises(RuntimeError, match="where its gradient is wanted, got Byte"):
+        raw.pool_conv_backward(y, pooled, index, scale, 1e-4, images.byte(), weight, True)
     with pytest.raises(RuntimeError, match="with odd k"):
         raw.pool_conv_backward(y, pooled, index, scale, 1e-4, images, weight[..., 1:], True)

@@ -116,6 +116,18 @@ def test_upsample_conv2d(batch, inputs, outputs, height, width, how):
 
 
 @FEW
+@given(st.integers(0, 9), st.integers(1, 5), st.integers(2, 17), st.integers(2, 21),
+       st.integers(2, 35), st.sampled_from([3, 5, 5]), VIEWS)  # fmt: skip
+def test_conv_pool_silu(batch, inputs, outputs, height, width, kernel, how):
+    x = view(torch.randn(batch, inputs, height, width), how)
+    weight = view(torch.randn(outputs, inputs, kernel, kernel), how)
+    rest = (weight, torch.randn(outputs), torch.rand(outputs) + 0.5)
+    agree("conv_pool_silu", (x, *rest), (0, 1, 2, 3))
+    x = view(torch.randint(256, (batch, inputs, height, width), dtype=torch.uint8), how)
+    agree("conv_pool_silu", (x, *rest), (1, 2, 3))
+
+
+@FEW
 @given(st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), max_size=4),
        st.sampled_from(["laprop_agc_", "adam_", "ema_"]), VIEWS)  # fmt: skip
 def test_optim(shapes, name, how):
