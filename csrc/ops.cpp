@@ -89,6 +89,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
   m.def("pool_conv_backward(Tensor grad_y, Tensor pooled, Tensor index, Tensor scale, float eps, "
         "Tensor x, Tensor weight, bool want_x) -> (Tensor, Tensor, Tensor, Tensor)");
 
+  // upconv: images (N, H, W, C); on the CPU only
+  m.def("upsample_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("upsample_conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, bool want_x, "
+        "bool want_weight) -> (Tensor, Tensor, Tensor)");
+
   // mlp: layers of (weight, bias, scale), the last one perhaps without scale; on the CPU only
   m.def("mlp_pack(Tensor[] weights) -> Tensor");
   m.def("mlp(Tensor x, Tensor packed, Tensor[] weights, bool squash) -> Tensor");

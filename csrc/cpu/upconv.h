@@ -1,0 +1,56 @@
+// Nearest-neighbour upsampling by two and a 5x5 convolution after it: plain pointers and sizes, see
+// kernels.h. Images lie (H, W, C).
+//
+// Each output phase (row parity a, column parity b) is a 3x3 convolution of the small image. Tiles of
+// 2x2 input pixels, all phases of which need 4x4 input pixels, go through Winograd's F(2x2, 3x3):
+// sixteen products per tile, kernel and channel instead of 36 for each phase. Along the rows the
+// second of four frequencies is the same for both parities, and is multiplied once.
+#pragma once
+
+#include <stdint.h>
+
+namespace fastwm {
+
+constexpr int64_t kFrequencies = 16;  // 4 along the rows times 4 along the columns
+
+struct UpconvSizes {
+  int64_t height, width, inputs, outputs;  // H, W, C, C'
+  int64_t down() const { return (height + 1) / 2; }
+  int64_t across() const { return (width + 1) / 2; }  // tiles of an image
+  int64_t run() const { return 2 * outputs; }  // contiguous results of an input pixel, (b, C')
+  // Products of one frequency and tile: (a, b, C'), or for the second one along the rows (b, C').
+  int64_t lanes(int64_t frequency) const { return frequency / 4 == 1 ? run() : 2 * run(); }
+  // Rows of tiles that take all steps together: few enough for L1, enough to fill registers.
+  int64_t rows() const { return across() < 24 ? 24 / across() : 1; }
+  int64_t tiles() const { return rows() * across(); }
+  // Floats, whatever the instruction set.
+  int64_t packed() const;   // of the kernel, for forward
+  int64_t turned() const;   // of the kernel, for the gradient of x
+  int64_t sums() const;     // of the gradients of kernel and bias
+  int64_t scratch() const;  // forward and backward
+};
+
+struct Upconv {
+  const float* x;       // (N, H, W, C)
+  const float* packed;  // by upconv_pack
+  UpconvSizes n;
+};
+// weight (C', C, 5, 5), bias (C') or null.
+void upconv_pack(const UpconvSizes& n, const float* weight, const float* bias, float* packed);
+// y (N, 2H, 2W, C') of images [begin, end).
+void upconv(const Upconv& a, float* scratch, float* y, int64_t begin, int64_t end);
+
+struct UpconvGrad {
+  const float* grad_y;  // (N, 2H, 2W, C')
+  const float* x;       // (N, H, W, C)
+  const float* turned;  // by upconv_turn; null: no gradient of x is wanted
+  bool want_weight;     // else sums are left alone
+  UpconvSizes n;
+};
+void upconv_turn(const UpconvSizes& n, const float* weight, float* turned);
+// sums is overwritten with what images [begin, end) give; upconv_fold makes gradients of it.
+void upconv_backward(const UpconvGrad& a, float* scratch, float* grad_x, float* sums, int64_t begin,
+                     int64_t end);
+void upconv_fold(const UpconvSizes& n, const float* sums, float* grad_weight, float* grad_bias);
+
+}  // namespace fastwm
