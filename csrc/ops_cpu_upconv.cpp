@@ -25,6 +25,14 @@ int64_t cost(const UpconvSizes& n) {
   return n.down() * n.across() * kFrequencies * n.inputs * 4 * n.outputs;
 }
 
+// Images whose sums are kept apart from others: enough for the kernel's products to fill registers,
+// and so many that all sums together stay below 256 MB.
+Ranges ranges_of(const UpconvSizes& n, int64_t images) {
+  constexpr int64_t kMost = int64_t{1} << 26;
+  const int64_t fill = (n.rows() + n.down() - 1) / n.down();
+  return Ranges(images, std::max(fill, images * n.sums() / kMost + 1));
+}
+
 Tensor upsample_conv2d_cpu(Tensor x, Tensor weight, std::optional<Tensor> bias) {
   constexpr const char* op = "upsample_conv2d";
   const UpconvSizes n = upconv_sizes(op, x, weight);
@@ -57,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> upsample_conv2d_backward_cpu(Tensor grad_y, T
   Tensor turned = allocate(x, {want_x ? n.turned() : 0});
   if (want_x) upconv_turn(n, ptr(kernel), mutable_ptr(turned));
   const UpconvGrad args{ptr(grad), ptr(input), want_x ? ptr(turned) : nullptr, want_weight, n};
-  const Ranges ranges(images);
+  const Ranges ranges = ranges_of(n, images);
   const int64_t size = want_weight ? n.sums() : 0, room = n.scratch();
   Tensor grad_x = want_x ? allocate(x, {images, n.height, n.width, n.inputs}) : allocate(x, {0});
   Tensor sums = allocate(x, {ranges.count, size}), scratch = allocate(x, {ranges.count, room});

@@ -8,8 +8,8 @@ namespace fastwm {
 
 struct Ranges {
   int64_t length, count;
-  explicit Ranges(int64_t images)
-      : length(std::max<int64_t>(1, (images + 15) / 16)),
+  explicit Ranges(int64_t images, int64_t least = 1)  // images of a range, if there are so many
+      : length(std::max<int64_t>(least, (images + 15) / 16)),
         count(std::max<int64_t>(1, (images + length - 1) / length)) {}
 
   template <class F>

@@ -9,28 +9,6 @@
 #include "cpu/upconv.h"
 
 #include "cpu/simd.h"
-
-namespace fastwm {
-
-// The kernel along one dimension: [parity][frequency][tap]. Taps fall together on three pixels, in
-// a way that depends on the parity, and these go through G of F(2, 3).
-static constexpr float kTaps[2][4][5] = {
-    {{1, 1, 0, 0, 0}, {.5, .5, .5, .5, .5}, {.5, .5, -.5, -.5, .5}, {0, 0, 0, 0, 1}},
-    {{1, 0, 0, 0, 0}, {.5, .5, .5, .5, .5}, {.5, -.5, -.5, .5, .5}, {0, 0, 0, 1, 1}}};
-
-// Rows of whole vectors of any width, and lists that do not begin in the same set of the cache.
-static constexpr int64_t kSlack = 16;
-static inline int64_t whole(int64_t n) { return (n + 15) / 16 * 16; }
-static inline int64_t apart(int64_t n) { return whole(n) + kSlack; }
-
-int64_t UpconvSizes::packed() const {
-  return kFrequencies * inputs * whole(4 * outputs) + whole(4 * outputs);
-}
-int64_t UpconvSizes::turned() const { return kFrequencies * 4 * outputs * whole(inputs); }
-int64_t UpconvSizes::sums() const { return kFrequencies * inputs * whole(4 * outputs) + whole(4 * outputs); }
-
-}  // namespace fastwm
-
 #define FWM_SOURCE "cpu/upconv.cpp"
 #include "cpu/each_isa.h"
 
@@ -44,25 +22,13 @@ int64_t UpconvSizes::scratch() const {
   return 11 * line + kFrequencies * (values + products + apart(count * whole(inputs)));
 }
 
-void upconv_pack(const UpconvSizes& n, const float* weight, const float* bias, float* packed) {
-  FWM_CALL(upconv_pack)(n, weight, bias, packed);
-}
-
 void upconv(const Upconv& a, float* scratch, float* y, int64_t begin, int64_t end) {
   FWM_CALL(upconv)(a, scratch, y, begin, end);
-}
-
-void upconv_turn(const UpconvSizes& n, const float* weight, float* turned) {
-  FWM_CALL(upconv_turn)(n, weight, turned);
 }
 
 void upconv_backward(const UpconvGrad& a, float* scratch, float* grad_x, float* sums, int64_t begin,
                      int64_t end) {
   FWM_CALL(upconv_backward)(a, scratch, grad_x, sums, begin, end);
-}
-
-void upconv_fold(const UpconvSizes& n, const float* sums, float* grad_weight, float* grad_bias) {
-  FWM_CALL(upconv_fold)(n, sums, grad_weight, grad_bias);
 }
 
 }  // namespace fastwm
@@ -75,48 +41,6 @@ namespace fastwm::FWM_ISA {
 namespace {
 
 #include "cpu/upconv_tile.h"
-
-// The kernel at a frequency: [a][b] of one pair of channels.
-void transform_kernel(const float* taps, float (&out)[kFrequencies][4]) {
-  float half[2][4][5];
-  for (int a = 0; a < 2; ++a) {
-    for (int f = 0; f < 4; ++f) {
-      for (int v = 0; v < 5; ++v) {
-        float sum = 0.0f;
-        for (int u = 0; u < 5; ++u) sum += kTaps[a][f][u] * taps[5 * u + v];
-        half[a][f][v] = sum;
-      }
-    }
-  }
-  for (int f = 0; f < kFrequencies; ++f) {
-    for (int phase = 0; phase < 4; ++phase) {
-      float sum = 0.0f;
-      for (int v = 0; v < 5; ++v) sum += kTaps[phase & 1][f & 3][v] * half[phase >> 1][f >> 2][v];
-      out[f][phase] = sum;
-    }
-  }
-}
-
-// Its transposed map: gradients at the frequencies become gradients of the taps.
-void transform_kernel_back(const float (&grads)[kFrequencies][4], float* taps) {
-  for (int i = 0; i < 25; ++i) taps[i] = 0.0f;
-  for (int f = 0; f < kFrequencies; ++f) {
-    const int phases = f / 4 == 1 ? 2 : 4;
-    for (int phase = 0; phase < phases; ++phase) {
-      for (int u = 0; u < 5; ++u) {
-        const float along = kTaps[phase >> 1][f >> 2][u] * grads[f][phase];
-        for (int v = 0; v < 5; ++v) taps[5 * u + v] += along * kTaps[phase & 1][f & 3][v];
-      }
-    }
-  }
-}
-
-// Where number (k, column) of a matrix of `width` columns lies, panels of kPanel columns each.
-FWM_INLINE int64_t in_panels(int64_t depth, int64_t width, int64_t k, int64_t column) {
-  const int64_t first = column / kPanel * kPanel;
-  const int64_t left = vectors(width) * kVec - first;
-  return first * depth + k * (left < kPanel ? left : kPanel) + column - first;
-}
 
 // Memory of one call.
 struct Room {
@@ -159,6 +83,8 @@ void transform_rows(const UpconvSizes& n, const Lines& to, const float* x, int64
     const int64_t r = 2 * row - 1 + i;
     from[i] = r < 0 || r >= n.height ? to.zeros : x + r * to.inner;
   }
+  const float* next = x + (2 * row + 3) * to.inner;  // what the row of tiles below reads anew
+  for (int64_t i = 0; i < 2 * to.inner; i += 16) __builtin_prefetch(next + i);
   float *l0 = to.line(0) + n.inputs, *l1 = to.line(1) + n.inputs;
   float *l2 = to.line(2) + n.inputs, *l3 = to.line(3) + n.inputs;
 #pragma omp simd
@@ -202,27 +128,30 @@ void transform_image(const UpconvSizes& n, const Lines& lines, const Plane& valu
   }
 }
 
-// Which of the tile's lanes a vector holds: of parity a from column r on.
-struct Lanes {
-  int64_t parity, column;
-  FWM_INLINE int64_t at(const UpconvSizes& n, int64_t frequency) const {
-    return (frequency / 4 == 1 ? 0 : parity * n.run()) + column;
-  }
-};
+// Where a vector of a run begins: the last one ends with it, if the run is a vector long.
+FWM_INLINE int64_t column_of(int64_t run, int64_t r) {
+  return run < kVec ? 0 : r + kVec < run ? r : run - kVec;
+}
 
-// y[2 p + q]: results of the tile's pixel (p, q).
-FWM_INLINE void transform_products(const UpconvSizes& n, const Plane& products, int64_t tile,
-                                   const Lanes& lanes, Vec (&y)[4]) {
-  const float* from = products.data + tile * products.row;
+// How many tiles of a row can be read and written by whole vectors: all pixels lie in the image, and
+// what a vector holds behind its run belongs to the pixels right of it.
+FWM_INLINE int64_t whole_tiles(const UpconvSizes& n, int64_t row) {
+  if (2 * row + 1 >= n.height) return 0;
+  const int64_t beside = (kVec - 1) / n.run();  // pixels that a vector touches behind its own
+  const int64_t tiles = (n.width - beside) / 2;
+  return tiles < 0 ? 0 : tiles;
+}
+
+// Products of one vector of lanes become the results of 2x2 pixels. `shared`: at the second frequency
+// along the rows.
+FWM_INLINE void transform_products(const float* from, const float* shared, int64_t stride,
+                                   Vec (&y)[4]) {
   Vec upper[4], lower[4];
 #pragma GCC unroll 4
   for (int64_t f = 0; f < 4; ++f) {
-    const Vec m0 = load(from + f * products.stride + lanes.at(n, 0));
-    const Vec m1 = load(from + (4 + f) * products.stride + lanes.at(n, 4));
-    const Vec m2 = load(from + (8 + f) * products.stride + lanes.at(n, 0));
-    const Vec m3 = load(from + (12 + f) * products.stride + lanes.at(n, 0));
-    upper[f] = m0 + m1 + m2;
-    lower[f] = m1 - m2 - m3;
+    const Vec m1 = load(shared + f * stride), m2 = load(from + (8 + f) * stride);
+    upper[f] = load(from + f * stride) + m1 + m2;
+    lower[f] = m1 - m2 - load(from + (12 + f) * stride);
   }
   y[0] = upper[0] + upper[1] + upper[2];
   y[1] = upper[1] - upper[2] - upper[3];
@@ -232,24 +161,32 @@ FWM_INLINE void transform_products(const UpconvSizes& n, const Plane& products, 
 
 // A row of tiles of the large image y.
 void write_row(const UpconvSizes& n, const Plane& products, int64_t tile, int64_t row, float* y) {
-  const int64_t run = n.run(), line = n.width * run;
-  for (int64_t j = 0; j < n.across(); ++j) {
-    for (int64_t parity = 0; parity < 2; ++parity) {
-      float* corner = y + (4 * row + parity) * line + 2 * j * run;
-      for (int64_t r = 0; r < run; r += kVec) {
-        const int64_t column = run < kVec ? 0 : r + kVec < run ? r : run - kVec;
-        Vec results[4];
-        transform_products(n, products, tile + j, Lanes{parity, column}, results);
-#pragma GCC unroll 4
-        for (int64_t pixel = 0; pixel < 4; ++pixel) {
-          const int64_t p = pixel >> 1, q = pixel & 1;
+  const int64_t run = n.run(), line = n.width * run, across = n.across();
+  const int64_t inside = whole_tiles(n, row), stride = products.stride;
+  for (int64_t parity = 0; parity < 2; ++parity) {
+    for (int64_t r = 0; r < run; r += kVec) {
+      const int64_t column = column_of(run, r);
+      const float* shared = products.at(4) + tile * products.row + column;
+      const float* from = products.at(0) + tile * products.row + parity * run + column;
+      float* to = y + (4 * row + parity) * line + column;
+      Vec results[4];
+      int64_t j = 0;
+      for (; j < inside; ++j, from += products.row, shared += products.row, to += 2 * run) {
+        transform_products(from, shared, stride, results);
+        __builtin_prefetch(to + 4 * line, 1);  // where the next row of tiles goes
+        __builtin_prefetch(to + 6 * line, 1);
+        store(to, results[0]);
+        store(to + run, results[1]);
+        store(to + 2 * line, results[2]);
+        store(to + 2 * line + run, results[3]);
+      }
+      for (; j < across; ++j, from += products.row, shared += products.row, to += 2 * run) {
+        transform_products(from, shared, stride, results);
+        for (int64_t i = 0; i < 4; ++i) {
+          const int64_t p = i >> 1, q = i & 1;
           if (2 * row + p >= n.height || 2 * j + q >= n.width) continue;
-          float* to = corner + 2 * p * line + q * run + column;
-          if (run >= kVec || (n.width - 2 * j - q) * run >= kVec) {
-            store(to, results[pixel]);  // the spill is overwritten by the next pixels
-          } else {
-            const float* from = reinterpret_cast<const float*>(&results[pixel]);
-            for (int64_t i = 0; i < run; ++i) to[i] = from[i];
+          for (int64_t u = 0; u < kVec && u < run; ++u) {
+            to[2 * p * line + q * run + u] = results[i][u];
           }
         }
       }
@@ -257,50 +194,61 @@ void write_row(const UpconvSizes& n, const Plane& products, int64_t tile, int64_
   }
 }
 
-// The gradient of one pixel's lanes, zero outside of the image.
-FWM_INLINE Vec gradient(const UpconvSizes& n, const float* grad_y, int64_t row, int64_t column,
-                        const Lanes& lanes) {
-  if (row >= n.height || column >= n.width) return Vec{};
-  const float* from = grad_y + (2 * row + lanes.parity) * n.width * n.run() + column * n.run();
-  if (n.run() >= kVec || (n.width - column) * n.run() >= kVec) return load(from + lanes.column);
-  Vec edge = {};
-  for (int64_t i = 0; i < n.run(); ++i) edge[i] = from[i];
-  return edge;
+// Gradients [parity][pixel] of 2x2 pixels: the transposed map of transform_products.
+FWM_INLINE void transform_gradients(const Vec (&g)[2][4], float* to, float* shared, int64_t stride,
+                                    int64_t run) {
+  const auto put = [stride](float* at, Vec left, Vec right) {
+    store(at, left);
+    store(at + stride, left + right);
+    store(at + 2 * stride, left - right);
+    store(at + 3 * stride, -right);
+  };
+#pragma GCC unroll 2
+  for (int64_t parity = 0; parity < 2; ++parity) {
+    const Vec* p = g[parity];
+    put(to + parity * run, p[0], p[1]);
+    put(to + parity * run + 8 * stride, p[0] - p[2], p[1] - p[3]);
+    put(to + parity * run + 12 * stride, -p[2], -p[3]);
+  }
+  put(shared, g[0][0] + g[0][2] + (g[1][0] + g[1][2]), g[0][1] + g[0][3] + (g[1][1] + g[1][3]));
 }
 
-// A row of tiles of the gradient, transformed as the transposed map of the results wants it.
+// A row of tiles of the large image's gradient.
 void read_row(const UpconvSizes& n, const float* grad_y, int64_t row, const Plane& products,
               int64_t tile) {
-  const int64_t run = n.run();
-  for (int64_t j = 0; j < n.across(); ++j) {
-    for (int64_t r = 0; r < run; r += kVec) {
-      const int64_t column = run < kVec ? 0 : r + kVec < run ? r : run - kVec;
-      Vec shared[4] = {};  // the frequency that both parities have in common
+  const int64_t run = n.run(), line = n.width * run, across = n.across();
+  const int64_t inside = whole_tiles(n, row), stride = products.stride;
+  for (int64_t r = 0; r < run; r += kVec) {
+    const int64_t column = column_of(run, r);
+    float* to = products.at(0) + tile * 2 * run + column;
+    float* shared = products.at(4) + tile * run + column;
+    const float* from = grad_y + 4 * row * line + column;
+    Vec g[2][4];
+    int64_t j = 0;
+    for (; j < inside; ++j, from += 2 * run, to += 2 * run, shared += run) {
+#pragma GCC unroll 2
       for (int64_t parity = 0; parity < 2; ++parity) {
-        const Lanes lanes{parity, column};
-        Vec g[4];
-#pragma GCC unroll 4
-        for (int64_t pixel = 0; pixel < 4; ++pixel) {
-          g[pixel] = gradient(n, grad_y, 2 * row + (pixel >> 1), 2 * j + (pixel & 1), lanes);
-        }
-        const Vec rows[4][2] = {
-            {g[0], g[1]}, {g[0] + g[2], g[1] + g[3]}, {g[0] - g[2], g[1] - g[3]}, {-g[2], -g[3]}};
-#pragma GCC unroll 4
-        for (int64_t f = 0; f < 4; ++f) {
-          const Vec e0 = rows[f][0], e1 = rows[f][1];
-          const Vec all[4] = {e0, e0 + e1, e0 - e1, -e1};
-#pragma GCC unroll 4
-          for (int64_t i = 0; i < 4; ++i) {
-            float* to = products.at(4 * f + i) + (tile + j) * n.lanes(4 * f) + lanes.at(n, 4 * f);
-            if (f == 1) {
-              shared[i] += all[i];
-              if (parity == 1) store(to, shared[i]);
-            } else {
-              store(to, all[i]);
-            }
-          }
-        }
+        const float* at = from + parity * line;
+        __builtin_prefetch(at + 4 * line);
+        __builtin_prefetch(at + 6 * line);
+        g[parity][0] = load(at);
+        g[parity][1] = load(at + run);
+        g[parity][2] = load(at + 2 * line);
+        g[parity][3] = load(at + 2 * line + run);
       }
+      transform_gradients(g, to, shared, stride, run);
+    }
+    for (; j < across; ++j, from += 2 * run, to += 2 * run, shared += run) {
+      for (int64_t i = 0; i < 8; ++i) {
+        const int64_t parity = i >> 2, p = i >> 1 & 1, q = i & 1;
+        Vec edge = {};
+        const bool valid = 2 * row + p < n.height && 2 * j + q < n.width;
+        for (int64_t u = 0; u < kVec && u < run && valid; ++u) {
+          edge[u] = from[(2 * p + parity) * line + q * run + u];
+        }
+        g[parity][2 * p + q] = edge;
+      }
+      transform_gradients(g, to, shared, stride, run);
     }
   }
 }
@@ -353,25 +301,6 @@ void gather_rows(const UpconvSizes& n, const Lines& from, int64_t row, float* ca
 
 }  // namespace
 
-void upconv_pack(const UpconvSizes& n, const float* weight, const float* bias, float* packed) {
-  const int64_t step = n.inputs * whole(4 * n.outputs);
-  for (int64_t i = 0; i < n.packed(); ++i) packed[i] = 0.0f;
-  for (int64_t o = 0; o < n.outputs; ++o) {
-    for (int64_t c = 0; c < n.inputs; ++c) {
-      float kernel[kFrequencies][4];
-      transform_kernel(weight + (o * n.inputs + c) * 25, kernel);
-      for (int64_t f = 0; f < kFrequencies; ++f) {
-        for (int64_t phase = 0; phase * n.outputs < n.lanes(f); ++phase) {
-          const int64_t to = in_panels(n.inputs, n.lanes(f), c, phase * n.outputs + o);
-          packed[f * step + to] = kernel[f][phase];
-        }
-      }
-    }
-  }
-  float* lanes = packed + kFrequencies * step;
-  for (int64_t i = 0; i < n.run() && bias; ++i) lanes[i] = bias[i % n.outputs];
-}
-
 void upconv(const Upconv& a, float* scratch, float* y, int64_t begin, int64_t end) {
   const UpconvSizes& n = a.n;
   Room room{scratch};
@@ -393,23 +322,6 @@ void upconv(const Upconv& a, float* scratch, float* y, int64_t begin, int64_t en
     for (int64_t q = 0; q < rows; ++q) {
       float* to = y + (first + q) / n.down() * image;
       write_row(n, products, q * n.across(), (first + q) % n.down(), to);
-    }
-  }
-}
-
-void upconv_turn(const UpconvSizes& n, const float* weight, float* turned) {
-  const int64_t step = 4 * n.outputs * whole(n.inputs);
-  for (int64_t i = 0; i < n.turned(); ++i) turned[i] = 0.0f;
-  for (int64_t o = 0; o < n.outputs; ++o) {
-    for (int64_t c = 0; c < n.inputs; ++c) {
-      float kernel[kFrequencies][4];
-      transform_kernel(weight + (o * n.inputs + c) * 25, kernel);
-      for (int64_t f = 0; f < kFrequencies; ++f) {
-        for (int64_t phase = 0; phase * n.outputs < n.lanes(f); ++phase) {
-          const int64_t to = in_panels(n.lanes(f), n.inputs, phase * n.outputs + o, c);
-          turned[f * step + to] = kernel[f][phase];
-        }
-      }
     }
   }
 }
@@ -442,8 +354,10 @@ void upconv_backward(const UpconvGrad& a, float* scratch, float* grad_x, float* 
       }
       float* bias = sums + kFrequencies * step;
       const float* all = products.at(5);
-      for (int64_t t = 0; t < tiles; ++t) {
-        for (int64_t i = 0; i < n.run(); ++i) bias[i] += all[t * n.run() + i];
+      for (int64_t i = 0; i < n.run(); i += kVec) {
+        Vec sum = load(bias + i);
+        for (int64_t t = 0; t < tiles; ++t) sum += load(all + t * n.run() + i);
+        store(bias + i, sum);
       }
     }
     if (!a.turned) continue;
@@ -456,23 +370,6 @@ void upconv_backward(const UpconvGrad& a, float* scratch, float* grad_x, float* 
       gather_columns(n, gathered, grads, q * n.across());
       gather_rows(n, gathered, row, carry, grad_x + image * n.height * lines.inner);
     }
-  }
-}
-
-void upconv_fold(const UpconvSizes& n, const float* sums, float* grad_weight, float* grad_bias) {
-  const int64_t width = whole(4 * n.outputs), step = n.inputs * width;
-  for (int64_t o = 0; o < n.outputs; ++o) {
-    for (int64_t c = 0; c < n.inputs; ++c) {
-      float grads[kFrequencies][4];
-      for (int64_t f = 0; f < kFrequencies; ++f) {
-        for (int64_t phase = 0; phase * n.outputs < n.lanes(f); ++phase) {
-          grads[f][phase] = sums[f * step + c * width + phase * n.outputs + o];
-        }
-      }
-      transform_kernel_back(grads, grad_weight + (o * n.inputs + c) * 25);
-    }
-    const float* bias = sums + kFrequencies * step;
-    grad_bias[o] = bias[o] + bias[n.outputs + o];
   }
 }
 

@@ -13,6 +13,11 @@ namespace fastwm {
 
 constexpr int64_t kFrequencies = 16;  // 4 along the rows times 4 along the columns
 
+// Rows of whole vectors of any width; rows that do not begin in the same set of the cache, and with
+// room for what a vector spills.
+inline int64_t whole(int64_t n) { return (n + 15) / 16 * 16; }
+inline int64_t apart(int64_t n) { return whole(n) + 16; }
+
 struct UpconvSizes {
   int64_t height, width, inputs, outputs;  // H, W, C, C'
   int64_t down() const { return (height + 1) / 2; }
@@ -21,13 +26,14 @@ struct UpconvSizes {
   // Products of one frequency and tile: (a, b, C'), or for the second one along the rows (b, C').
   int64_t lanes(int64_t frequency) const { return frequency / 4 == 1 ? run() : 2 * run(); }
   // Rows of tiles that take all steps together: few enough for L1, enough to fill registers.
-  int64_t rows() const { return across() < 24 ? 24 / across() : 1; }
+  int64_t rows() const { return across() < 32 ? 32 / across() : 1; }
   int64_t tiles() const { return rows() * across(); }
-  // Floats, whatever the instruction set.
-  int64_t packed() const;   // of the kernel, for forward
-  int64_t turned() const;   // of the kernel, for the gradient of x
-  int64_t sums() const;     // of the gradients of kernel and bias
-  int64_t scratch() const;  // forward and backward
+  // Floats, whatever the instruction set: the kernel for both directions, with its bias for one; its
+  // gradient and that of the bias; and what a thread works in.
+  int64_t packed() const { return sums(); }
+  int64_t turned() const { return kFrequencies * 4 * outputs * whole(inputs); }
+  int64_t sums() const { return (kFrequencies * inputs + 1) * whole(4 * outputs); }
+  int64_t scratch() const;
 };
 
 struct Upconv {

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastwm.ops._backend import available, raw, register_fake, wants_grad
+
 __all__ = ["upsample_conv2d", "upsample_conv2d_ref"]
 
 
@@ -75,8 +77,38 @@ def upsample_conv2d(
         F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=2)
     """
     _check(x, weight, bias)
-    if x.shape[0] == 0:  # no sizes to infer
+    if x.numel() == 0 or weight.numel() == 0:  # no sizes to infer
         return upsample_conv2d_ref(x, weight, bias)
+    if _has_kernel(x, weight, bias):
+        args = x.permute(0, 2, 3, 1), weight, bias
+        y = _Upconv.apply(*args) if wants_grad(*args) else raw.upsample_conv2d(*args)
+        return y.permute(0, 3, 1, 2)
+    return _by_library(x, weight, bias)
+
+
+def _has_kernel(*tensors: Tensor | None) -> bool:
+    """Whether our kernel takes these: float32 on the CPU, outside of autocast."""
+    device = tensors[0].device
+    plain = all(t is None or (t.dtype == torch.float32 and t.device == device) for t in tensors)
+    plain = plain and not torch.is_autocast_enabled(device.type)
+    return plain and available(device, "upsample_conv2d")
+
+
+class _Upconv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):  # x (N, H, W, C)
+        ctx.save_for_backward(x, weight)
+        return raw.upsample_conv2d(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        want_x, *want = ctx.needs_input_grad
+        grads = raw.upsample_conv2d_backward(grad_y, *ctx.saved_tensors, want_x, any(want))
+        return tuple(g if w else None for g, w in zip(grads, (want_x, *want), strict=True))
+
+
+def _by_library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     phase_bias = None if bias is None else bias.repeat(4)
     y = F.conv2d(x, phase_weight(weight), phase_bias, padding=1)
     count, _, height, width = y.shape
@@ -87,3 +119,15 @@ def upsample_conv2d(
         return rows.reshape(size).permute(0, 3, 1, 2)
     phases = y.unflatten(1, (2, 2, -1)).permute(0, 3, 4, 1, 5, 2)  # (N, C', H, 2, W, 2)
     return phases.reshape(count, -1, *size[1:3])
+
+
+@register_fake("upsample_conv2d")
+def _(x, weight, bias):
+    return x.new_empty(x.shape[0], 2 * x.shape[1], 2 * x.shape[2], weight.shape[0])
+
+
+@register_fake("upsample_conv2d_backward")
+def _(grad_y, x, weight, want_x, want_weight):
+    grad_x = x.new_empty(x.shape if want_x else 0)
+    sizes = (weight.shape, weight.shape[:1]) if want_weight else (0, 0)
+    return grad_x, *(weight.new_empty(size) for size in sizes)

@@ -50,6 +50,7 @@ FREE = {
     ("pool_conv_backward", "x"): ("longer -3", "shorter -2"),  # an edge that pooling drops
     ("rms_silu", "x"): "leading",
     ("twohot_mean", "logits"): "leading",
+    ("upsample_conv2d", "x"): "leading",
     ("twohot_mean_linear", "x"): "leading",
     ("rssm_pack", "weights"): "any",
     ("adam_", "decay"): ("[0] =", "[1] =", "[2] ="),  # flags
