@@ -20,30 +20,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = run_of(args)
 
     from fastwm import assemble, checkpoint
-    from fastwm.loops.evaluate import evaluate, summarize
+    from fastwm.loops.evaluate import Progress, evaluate, summarize
 
     try:
         config, agent, path, troubles = assemble.load_run(str(run), args.checkpoint, args.device)
         for trouble in troubles:
             print(f"fastwm.eval: {trouble}; using {path}", file=sys.stderr)
         assemble.set_up_torch(config)
-        found = evaluate(
-            agent,
-            assemble.make_envs(config),
-            episodes=args.episodes,
-            envs=args.envs,
-            mode=args.mode,
-            seed=args.seed,
-            max_steps=args.max_steps,
-        )
+        with Progress(args.episodes) as progress:
+            found = evaluate(
+                agent,
+                assemble.make_envs(config),
+                episodes=args.episodes,
+                envs=args.envs,
+                mode=args.mode,
+                seed=args.seed,
+                max_steps=args.max_steps,
+                watch=[progress],
+            )
     except assemble.MISTAKES as error:
         print(f"fastwm.eval: {error}", file=sys.stderr)
         return 2
     result = summarize(found) | {"seeds": [args.seed], "mode": args.mode}
-    text = json.dumps(result | {"task": config.task, "checkpoint": str(path)})
+    result |= {"task": config.task, "checkpoint": str(path)}
+    rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in result.items()}
     output = args.output or (run if run.is_dir() else run.parent) / "eval.json"
-    checkpoint.write_text(output, text + "\n")
-    print(text)
+    checkpoint.write_text(output, json.dumps(result) + "\n")
+    print(json.dumps(rounded))
     return 0
 
 

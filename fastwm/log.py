@@ -158,7 +158,8 @@ class Logger:
             }
         )
         self.board = _open_board(self.run, self.last["env_steps"]) if tensorboard else None
-        self.bar = _open_bar(steps, self.last["env_steps"], every_s) if every_s else None
+        done = self.last["env_steps"]
+        self.bar = open_bar(steps, "env_steps", done, every_s) if every_s else None
 
     def ended(self, scores: list[float], lengths: list[int]) -> None:
         """Finished training episodes: sum of rewards, number of actions of each."""
@@ -379,17 +380,22 @@ class _Lines:
         self.stream.flush()
 
 
-def _open_bar(steps: int, env_steps: int, every_s: float) -> Any:
+def open_bar(
+    total: int, unit: str, done: int = 0, every_s: float = 0.5, *, leave: bool = True
+) -> Any:
+    """A tqdm bar on stderr; where no terminal is, a line now and then. leave: behind it."""
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()
     return tqdm(
-        total=steps,
-        initial=min(env_steps, steps),
+        total=total,
+        initial=min(done, total),
         file=sys.stderr if terminal else _Lines(sys.stderr),
         delay=0 if terminal else 1e-9,  # no line before there is something to tell
-        unit=" env_steps",
-        unit_scale=True,
+        unit=f" {unit}",
+        leave=leave,
+        miniters=0,  # look at the clock each time
+        unit_scale=total >= 1000,
         dynamic_ncols=True,
         smoothing=0.1,
         mininterval=every_s if terminal else max(every_s, 20.0),

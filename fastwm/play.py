@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = run_of(args)
 
     from fastwm import assemble
-    from fastwm.loops.evaluate import Film, evaluate
+    from fastwm.loops.evaluate import Film, Progress, evaluate
 
     folder = args.gif_dir or (run if run.is_dir() else run.parent) / "play"
     film = Film(folder, args.gif_fps) if args.save_gif else None
@@ -50,16 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for trouble in troubles:
             print(f"fastwm.play: {trouble}; using {path}", file=sys.stderr)
         assemble.set_up_torch(config)
-        found = evaluate(
-            agent,
-            assemble.make_envs(config),
-            episodes=args.episodes,
-            envs=1,
-            mode=args.action_mode,
-            seed=args.seed,
-            max_steps=args.max_steps,
-            watch=film,
-        )
+        with Progress(args.episodes) as progress:
+            found = evaluate(
+                agent,
+                assemble.make_envs(config),
+                episodes=args.episodes,
+                envs=1,
+                mode=args.action_mode,
+                seed=args.seed,
+                max_steps=args.max_steps,
+                watch=[progress, film] if film else [progress],
+            )
     except assemble.MISTAKES as error:
         print(f"fastwm.play: {error}", file=sys.stderr)
         return 2

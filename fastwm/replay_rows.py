@@ -109,7 +109,8 @@ def announce(keys: dict[str, Key], rows: int, place: str, free: int | None) -> s
         share["latents" if key.context else "images" if image else "other"] += key.record * rows
     parts = ", ".join(f"{kind} {gigabytes(n)}" for kind, n in share.items())
     left = "unknown" if free is None else f"{gigabytes(free)} GB"
-    return f"replay: {gigabytes(sum(share.values()))} GB at capacity ({parts}); {place} free {left}"
+    whole = gigabytes(sum(share.values()))
+    return f"replay   {whole} GB at capacity ({parts}); {place} free {left}"
 
 
 # What else to try where the rows do not fit, by the place that `replay_io.place_of` names.

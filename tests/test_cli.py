@@ -1,6 +1,8 @@
 """The command lines: what they print, write and return, and how they take mistakes."""
 
+import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +50,7 @@ def test_train_says_what_a_person_wants_to_know(tmp_path, capsys):
         "precision fp32",
         "backend",
         "parameters",
-        "replay:",
+        "\nreplay   ",
         "RAM free",
         "0.25 updates per env_step (train_ratio 8",
     ):
@@ -134,12 +136,33 @@ def test_eval_prints_and_writes_json(finished, tmp_path, capsys, checkpoint):
     result = json.loads(capsys.readouterr().out)
     assert result["n"] == 3 and result["seeds"] == [4] and result["mode"] == "greedy"
     assert {"mean", "std", "task", "checkpoint"} <= set(result)
-    assert json.loads((run / "eval.json").read_text()) == result
+    stored = json.loads((run / "eval.json").read_text())
+    assert stored.keys() == result.keys()
+    for key, value in stored.items():  # what is printed has six digits
+        assert value == result[key] or f"{value:.6g}" == f"{result[key]:.6g}"
+    assert all(len(f"{v}") <= 12 for v in result.values() if isinstance(v, float))
     after = content(run)
     after.pop("eval.json")
     assert after == before
     assert evaluation.main(argv) == 0
     assert json.loads(capsys.readouterr().out) == result
+
+
+@pytest.mark.parametrize("command", [evaluation, play])
+def test_evaluations_show_how_far_they_are(finished, tmp_path, capsys, monkeypatch, command):
+    """On a terminal, on stderr, and nothing of it stays."""
+    argv = [str(finished), "--episodes", "2"]
+    argv += ["--output", str(tmp_path / "x.json")] if command is evaluation else []
+    assert command.main(argv) == 0
+    plain = capsys.readouterr()
+    assert plain.err == ""  # a log file hears of it every 20 s
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("tqdm.std.time", itertools.count().__next__)  # a second a look
+    assert command.main(argv) == 0
+    shown = capsys.readouterr()
+    assert shown.out == plain.out
+    assert re.search(r"50% 1/2 episodes .* \d+ steps", shown.err)
+    assert shown.err.endswith("\r") and "\n" not in shown.err
 
 
 def test_eval_can_sample(finished, tmp_path, capsys):

@@ -284,7 +284,7 @@ def test_memory_is_announced(monkeypatch):
     row_spec = spec(deter=2048, stoch=32) | {"image": ((64, 64, 3), "uint8")}
     replay = Replay(row_spec, 4, 1e6, 64)
     assert replay.announce() == (
-        "replay: 16.4 GB at capacity (images 12.3, latents 4.13, other 0.031); RAM free 24.6 GB"
+        "replay   16.4 GB at capacity (images 12.3, latents 4.13, other 0.031); RAM free 24.6 GB"
     )
     monkeypatch.setattr(replay_io, "free_ram", lambda: None)
     assert Replay(spec(), 1, 10, 4).announce().endswith("RAM free unknown")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastwm.checkpoint import write_with
-from fastwm.log import gif
+from fastwm.log import gif, open_bar
 from fastwm.settings import ConfigError
 
 Watcher = Callable[[np.ndarray, dict[str, np.ndarray], Any], None]
@@ -25,7 +25,7 @@ def evaluate(
     mode: str,
     seed: int,
     max_steps: int = 0,
-    watch: Watcher | None = None,
+    watch: Sequence[Watcher] = (),
     record: Callable[[dict, np.ndarray, dict], None] | None = None,
 ) -> dict[str, list]:
     """Scores of exactly `episodes` whole episodes.
@@ -37,9 +37,9 @@ def evaluate(
              here. episodes, envs: how many, on how many in parallel at most. mode: "greedy" or
              "sample". seed: of the environments and of the agent's noise. max_steps: actions after
              which an episode counts as it stands, and what follows as another one; 0: never.
-             watch: called with (numbers of the environments whose episodes count, rows, envs) at
-             every row; a row where an episode was counted has is_last. record: called with (rows,
-             actions, latents) at every decision.
+             watch: each called with (numbers of the environments whose episodes count, rows, envs)
+             at every row; a row where an episode was counted has is_last. record: called with
+             (rows, actions, latents) at every decision.
     Returns: "scores" (sums of rewards), "lengths" (actions taken) and "cut" (whether it was longer
              than max_steps), ordered by environment.
     The agent's own generators and state are not touched: training goes on as if nothing happened.
@@ -53,8 +53,8 @@ def evaluate(
         while True:
             counted = tally.open
             over = tally.add(rows)
-            if watch is not None:
-                watch(np.flatnonzero(counted), {**rows, "is_last": over}, vec_env)
+            for look in watch:
+                look(np.flatnonzero(counted), {**rows, "is_last": over}, vec_env)
             if not tally.open.any():
                 return tally.found()
             action, state, latents = agent.act(rows, state, mode, noise)
@@ -118,6 +118,24 @@ def summarize(found: dict[str, list]) -> dict[str, float]:
         "length": float(np.mean(found["lengths"])),
         "cut": sum(found["cut"]),
     }
+
+
+class Progress:
+    """Watches an evaluation and shows how far it is, on stderr: a context manager around it."""
+
+    def __init__(self, episodes: int) -> None:
+        self.bar, self.steps = open_bar(episodes, "episodes", leave=False), 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.close()
+
+    def __call__(self, counted: np.ndarray, rows: dict[str, np.ndarray], envs: Any) -> None:
+        self.steps += len(counted)
+        self.bar.set_description_str(f"{self.steps:,} steps", refresh=False)
+        self.bar.update(np.count_nonzero(rows["is_last"][counted]))
 
 
 class Film:

@@ -87,8 +87,11 @@ def _check(who, params, grads, mu, nu, step, lr, decay_mask, copies) -> None:
 def _fused(written: Sequence[Sequence[Tensor]], op: str) -> bool:
     """Whether there is something to do, on one device with kernels, and all of it row-major."""
     tensors = [tensor for group in written for tensor in group]
-    return bool(written[0]) and all(
-        available(t, op) and t.device == tensors[0].device and t.is_contiguous() for t in tensors
+    device = tensors[0].device if written[0] else None
+    return (
+        device is not None
+        and available(device, op)
+        and all(t.device == device and t.is_contiguous() for t in tensors)
     )
 
 
