@@ -89,10 +89,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
   m.def("pool_conv_backward(Tensor grad_y, Tensor pooled, Tensor index, Tensor scale, float eps, "
         "Tensor x, Tensor weight, bool want_x) -> (Tensor, Tensor, Tensor, Tensor)");
 
-  // upconv: images (N, H, W, C); on the CPU only
+  // upconv: images (N, H, W, C); on the CPU only. The second pair also norms, and gives y before that,
+  // empty unless `save`
   m.def("upsample_conv2d(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("upsample_conv2d_backward(Tensor grad_y, Tensor x, Tensor weight, bool want_x, "
         "bool want_weight) -> (Tensor, Tensor, Tensor)");
+  m.def("upsample_conv2d_silu(Tensor x, Tensor weight, Tensor bias, Tensor scale, float eps, "
+        "bool save) -> (Tensor, Tensor)");
+  m.def("upsample_conv2d_silu_backward(Tensor grad_z, Tensor y, Tensor scale, float eps, Tensor x, "
+        "Tensor weight, bool want_x) -> (Tensor, Tensor, Tensor, Tensor)");
 
   // mlp: layers of (weight, bias, scale), the last one perhaps without scale; on the CPU only
   m.def("mlp_pack(Tensor[] weights) -> Tensor");

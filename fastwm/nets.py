@@ -210,11 +210,6 @@ class Conv(nn.Module):
         init_weight_(self.weight, channels * kernel * kernel)
 
 
-def channel_norm(x: Tensor, scale: Tensor) -> Tensor:  # (N, C, H, W), (C,) -> (N, C, H, W)
-    """RMSNorm over the channels of each pixel, then SiLU; keeps the channels-last layout."""
-    return ops.rms_silu(x.permute(0, 2, 3, 1), scale).permute(0, 3, 1, 2)
-
-
 def select_keys(obs_space: dict[str, Space], cnn_keys: str, mlp_keys: str) -> dict[str, Space]:
     """The observations whose names match: images the first pattern, all others the second."""
     try:
@@ -417,7 +412,7 @@ class Decoder(nn.Module):
         x = ops.rms_silu(x0 + x1.reshape(-1, height, width, channels), self.scale)
         x = x.permute(0, 3, 1, 2)  # channels-last (N, C, h, w)
         for conv in self.convs:
-            x = channel_norm(ops.upsample_conv2d(x, conv.weight, conv.bias), conv.scale)
+            x = ops.upsample_conv2d_silu(x, conv.weight, conv.bias, conv.scale)
         x = ops.upsample_conv2d(x, self.image_out.weight, self.image_out.bias)
         x = x.float().permute(0, 2, 3, 1)
         x = x.reshape(*lead, *x.shape[1:])

@@ -1,13 +1,15 @@
 // The decoder's upsampling convolution by Winograd's F(2x2, 3x3); see upconv.h. A few rows of tiles
 // at a time go through all steps while they are in cache: the small image is transformed,
 // each frequency is one product of (tiles, C) and (C, lanes), and the products are transformed back
-// into the rows of the large image. Channels and phases lie in SIMD lanes all the way.
+// into the rows of the large image, which a norm follows while they are there. Channels and phases lie
+// in SIMD lanes all the way.
 //
 // Rows of scratch lie one after the other and are written in order by whole vectors: what a vector
 // spills behind its row is overwritten by the next one, and behind the last row there is room.
 #ifndef FWM_ISA
 #include "cpu/upconv.h"
 
+#include "cpu/norm_rows.h"
 #include "cpu/simd.h"
 #define FWM_SOURCE "cpu/upconv.cpp"
 #include "cpu/each_isa.h"
@@ -15,15 +17,16 @@
 namespace fastwm {
 
 // Four lines of an image, zeros beside them, then per frequency and tile its inputs, its lanes, and
-// in the backward pass the gradients of its inputs.
+// in the backward pass the gradients of its inputs; and a row of tiles of the large image.
 int64_t UpconvSizes::scratch() const {
   const int64_t line = apart((2 * across() + 2) * inputs), count = tiles();
   const int64_t values = apart(count * inputs), products = apart(count * whole(4 * outputs));
-  return 11 * line + kFrequencies * (values + products + apart(count * whole(inputs)));
+  return 11 * line + kFrequencies * (values + products + apart(count * whole(inputs))) +
+         apart(4 * this->line());
 }
 
-void upconv(const Upconv& a, float* scratch, float* y, int64_t begin, int64_t end) {
-  FWM_CALL(upconv)(a, scratch, y, begin, end);
+void upconv(const Upconv& a, float* scratch, float* y, float* z, int64_t begin, int64_t end) {
+  FWM_CALL(upconv)(a, scratch, y, z, begin, end);
 }
 
 void upconv_backward(const UpconvGrad& a, float* scratch, float* grad_x, float* sums, int64_t begin,
@@ -159,16 +162,16 @@ FWM_INLINE void transform_products(const float* from, const float* shared, int64
   y[3] = lower[1] - lower[2] - lower[3];
 }
 
-// A row of tiles of the large image y.
+// A row of tiles of the large image; y is where it begins.
 void write_row(const UpconvSizes& n, const Plane& products, int64_t tile, int64_t row, float* y) {
-  const int64_t run = n.run(), line = n.width * run, across = n.across();
+  const int64_t run = n.run(), line = n.line(), across = n.across();
   const int64_t inside = whole_tiles(n, row), stride = products.stride;
   for (int64_t parity = 0; parity < 2; ++parity) {
     for (int64_t r = 0; r < run; r += kVec) {
       const int64_t column = column_of(run, r);
       const float* shared = products.at(4) + tile * products.row + column;
       const float* from = products.at(0) + tile * products.row + parity * run + column;
-      float* to = y + (4 * row + parity) * line + column;
+      float* to = y + parity * line + column;
       Vec results[4];
       int64_t j = 0;
       for (; j < inside; ++j, from += products.row, shared += products.row, to += 2 * run) {
@@ -213,16 +216,16 @@ FWM_INLINE void transform_gradients(const Vec (&g)[2][4], float* to, float* shar
   put(shared, g[0][0] + g[0][2] + (g[1][0] + g[1][2]), g[0][1] + g[0][3] + (g[1][1] + g[1][3]));
 }
 
-// A row of tiles of the large image's gradient.
+// A row of tiles of the large image's gradient, which begins at grad_y.
 void read_row(const UpconvSizes& n, const float* grad_y, int64_t row, const Plane& products,
               int64_t tile) {
-  const int64_t run = n.run(), line = n.width * run, across = n.across();
+  const int64_t run = n.run(), line = n.line(), across = n.across();
   const int64_t inside = whole_tiles(n, row), stride = products.stride;
   for (int64_t r = 0; r < run; r += kVec) {
     const int64_t column = column_of(run, r);
     float* to = products.at(0) + tile * 2 * run + column;
     float* shared = products.at(4) + tile * run + column;
-    const float* from = grad_y + 4 * row * line + column;
+    const float* from = grad_y + column;
     Vec g[2][4];
     int64_t j = 0;
     for (; j < inside; ++j, from += 2 * run, to += 2 * run, shared += run) {
@@ -299,16 +302,37 @@ void gather_rows(const UpconvSizes& n, const Lines& from, int64_t row, float* ca
   for (int64_t i = 0; i < from.inner; ++i) lower[i] = l1[i] + l2[i] - l0[i];
 }
 
+void normalise(const UpconvNorm& norm, int64_t channels, const float* y, int64_t pixels, float* z) {
+#define FWM_FORM(width) rms_silu_rows<width>(y, norm.scale, channels, norm.eps, pixels, z)
+  FWM_FOR_WIDTH(channels, FWM_FORM)
+#undef FWM_FORM
+}
+
+// Adds to grad_scale.
+void normalise_backward(const UpconvNorm& norm, int64_t channels, const float* y,
+                        const float* grad_z, int64_t pixels, float* grad_y, float* grad_scale) {
+#define FWM_FORM(width)                                                                  \
+  rms_silu_rows_backward<width>(y, norm.scale, grad_z, channels, norm.eps, pixels, grad_y, \
+                                grad_scale)
+  FWM_FOR_WIDTH(channels, FWM_FORM)
+#undef FWM_FORM
+}
+
+// Where the row of tiles q begins in (N, 2H, 2W, C').
+FWM_INLINE int64_t begin_of(const UpconvSizes& n, int64_t q) {
+  return (q / n.down() * 2 * n.height + q % n.down() * 4) * n.line();
+}
+
 }  // namespace
 
-void upconv(const Upconv& a, float* scratch, float* y, int64_t begin, int64_t end) {
+void upconv(const Upconv& a, float* scratch, float* y, float* z, int64_t begin, int64_t end) {
   const UpconvSizes& n = a.n;
   Room room{scratch};
   const Lines lines(room, n);
   const Plane values(room, n.tiles(), n.inputs);
   const Plane products(room, n.tiles(), whole(4 * n.outputs));
-  const int64_t step = n.inputs * whole(4 * n.outputs), image = 4 * n.height * n.width * n.outputs;
-  const int64_t last = end * n.down();
+  float* large = room.take(apart(4 * n.line()));
+  const int64_t step = n.inputs * whole(4 * n.outputs), last = end * n.down();
   for (int64_t first = begin * n.down(); first < last; first += n.rows()) {
     const int64_t rows = last - first < n.rows() ? last - first : n.rows();
     transform_image(n, lines, values, a.x, first, rows);
@@ -320,8 +344,10 @@ void upconv(const Upconv& a, float* scratch, float* y, int64_t begin, int64_t en
                rows * n.across());
     }
     for (int64_t q = 0; q < rows; ++q) {
-      float* to = y + (first + q) / n.down() * image;
-      write_row(n, products, q * n.across(), (first + q) % n.down(), to);
+      const int64_t row = (first + q) % n.down(), at = begin_of(n, first + q);
+      float* to = y ? y + at : large;
+      write_row(n, products, q * n.across(), row, to);
+      if (a.norm.scale) normalise(a.norm, n.outputs, to, n.pixels(row), z + at);
     }
   }
 }
@@ -335,15 +361,20 @@ void upconv_backward(const UpconvGrad& a, float* scratch, float* grad_x, float* 
   const Plane values(room, n.tiles(), n.inputs);
   const Plane products(room, n.tiles(), 4 * n.outputs);
   const Plane grads(room, n.tiles(), vectors(n.inputs) * kVec);
+  float* large = room.take(apart(4 * n.line()));
   const int64_t step = n.inputs * whole(4 * n.outputs), turn = 4 * n.outputs * whole(n.inputs);
-  const int64_t line = n.width * n.run(), last = end * n.down();
-  for (int64_t i = 0; i < n.sums() && a.want_weight; ++i) sums[i] = 0.0f;
+  const int64_t last = end * n.down();
+  for (int64_t i = 0; i < n.sums() && (a.want_weight || a.y); ++i) sums[i] = 0.0f;
   for (int64_t first = begin * n.down(); first < last; first += n.rows()) {
     const int64_t rows = last - first < n.rows() ? last - first : n.rows();
     const int64_t tiles = rows * n.across();
     for (int64_t q = 0; q < rows; ++q) {
-      const float* from = a.grad_y + (first + q) / n.down() * 2 * n.height * line;
-      read_row(n, from, (first + q) % n.down(), products, q * n.across());
+      const int64_t row = (first + q) % n.down(), at = begin_of(n, first + q);
+      if (a.y) {
+        normalise_backward(a.norm, n.outputs, a.y + at, a.grad + at, n.pixels(row), large,
+                           sums + n.packed());
+      }
+      read_row(n, a.y ? large : a.grad + at, row, products, q * n.across());
     }
     if (a.want_weight) {
       transform_image(n, lines, values, a.x, first, rows);

@@ -52,7 +52,12 @@ from fastwm.ops.twohot import (
     twohot_mean_linear_ref,
     twohot_mean_ref,
 )
-from fastwm.ops.upconv import upsample_conv2d, upsample_conv2d_ref
+from fastwm.ops.upconv import (
+    upsample_conv2d,
+    upsample_conv2d_ref,
+    upsample_conv2d_silu,
+    upsample_conv2d_silu_ref,
+)
 
 __all__ = [
     "Copies",
@@ -111,5 +116,7 @@ __all__ = [
     "twohot_mean_ref",
     "upsample_conv2d",
     "upsample_conv2d_ref",
+    "upsample_conv2d_silu",
+    "upsample_conv2d_silu_ref",
     "use_backend",
 ]

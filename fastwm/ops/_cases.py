@@ -132,6 +132,12 @@ def upsample_conv2d(batch: int) -> Case:
     return Case((images, weight, torch.randn(4)), wrt=(0, 1, 2))
 
 
+@_case
+def upsample_conv2d_silu(batch: int) -> Case:
+    images, weight = torch.randn(batch, 9, 5, 3), torch.randn(12, 9, 5, 5) / 15
+    return Case((images, weight, torch.randn(12), torch.rand(12) + 0.5), wrt=(0, 1, 2, 3))
+
+
 def _weights(deter=16, hidden=8, groups=3, classes=4, action=2, embed=5, blocks=2):
     def dense(inputs: int, outputs: int = hidden) -> tuple[Tensor, Tensor, Tensor]:
         weight = torch.randn(outputs, inputs) / inputs**0.5

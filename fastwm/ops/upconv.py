@@ -13,22 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastwm.ops._backend import available, raw, register_fake, wants_grad
+from fastwm.ops._check import check_dtype, check_shape
+from fastwm.ops.norm import rms_silu, rms_silu_ref
 
-__all__ = ["upsample_conv2d", "upsample_conv2d_ref"]
+__all__ = [
+    "upsample_conv2d", "upsample_conv2d_ref", "upsample_conv2d_silu", "upsample_conv2d_silu_ref",
+]  # fmt: skip
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, op: str = "upsample_conv2d") -> None:
     if x.dim() != 4:
-        raise ValueError(f"upsample_conv2d: expected x of shape (N, C, H, W), got {tuple(x.shape)}")
+        raise ValueError(f"{op}: expected x of shape (N, C, H, W), got {tuple(x.shape)}")
     if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 5, 5):
         raise ValueError(
-            f"upsample_conv2d: expected weight of shape (C', C, 5, 5) = "
+            f"{op}: expected weight of shape (C', C, 5, 5) = "
             f"(C', {x.shape[1]}, 5, 5), got {tuple(weight.shape)}"
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(
-            f"upsample_conv2d: expected bias of shape (C',) = ({weight.shape[0]},), "
-            f"got {tuple(bias.shape)}"
+            f"{op}: expected bias of shape (C',) = ({weight.shape[0]},), got {tuple(bias.shape)}"
         )
 
 
@@ -79,19 +82,19 @@ def upsample_conv2d(
     _check(x, weight, bias)
     if x.numel() == 0 or weight.numel() == 0:  # no sizes to infer
         return upsample_conv2d_ref(x, weight, bias)
-    if _has_kernel(x, weight, bias):
+    if _has_kernel("upsample_conv2d", x, weight, bias):
         args = x.permute(0, 2, 3, 1), weight, bias
         y = _Upconv.apply(*args) if wants_grad(*args) else raw.upsample_conv2d(*args)
         return y.permute(0, 3, 1, 2)
     return _by_library(x, weight, bias)
 
 
-def _has_kernel(*tensors: Tensor | None) -> bool:
+def _has_kernel(op: str, *tensors: Tensor | None) -> bool:
     """Whether our kernel takes these: float32 on the CPU, outside of autocast."""
     device = tensors[0].device
     plain = all(t is None or (t.dtype == torch.float32 and t.device == device) for t in tensors)
     plain = plain and not torch.is_autocast_enabled(device.type)
-    return plain and available(device, "upsample_conv2d")
+    return plain and available(device, op)
 
 
 class _Upconv(torch.autograd.Function):
@@ -121,6 +124,67 @@ def _by_library(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return phases.reshape(count, -1, *size[1:3])
 
 
+def upsample_conv2d_silu_ref(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, eps: float = 1e-4
+) -> Tensor:
+    """`upsample_conv2d_silu` in plain PyTorch."""
+    y = upsample_conv2d_ref(x, weight, bias)
+    return rms_silu_ref(y.permute(0, 2, 3, 1), scale, eps).permute(0, 3, 1, 2)
+
+
+def upsample_conv2d_silu(
+    x: Tensor,  # (N, C, H, W)
+    weight: Tensor,  # (C', C, 5, 5)
+    bias: Tensor,  # (C',)
+    scale: Tensor,  # (C',)
+    eps: float = 1e-4,
+) -> Tensor:  # (N, C', 2H, 2W)
+    """`upsample_conv2d`, then silu(rms(y) * scale), the norm over the channels of each pixel.
+
+    Args:
+        x: (N, C, H, W) of a floating type, contiguous or channels_last.
+        weight: (C', C, 5, 5). bias, scale: (C',). eps: added to the mean square.
+    Returns:
+        (N, C', 2H, 2W), channels_last, in the type of the convolution's result.
+        Gradient: x, weight, bias, scale.
+    Raises:
+        ValueError: shapes that do not fit. TypeError: types.
+    Equivalent to:
+        y = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, bias, padding=2)
+        F.silu(F.rms_norm(y.permute(0, 2, 3, 1), scale.shape, scale, eps)).permute(0, 3, 1, 2)
+    """
+    op = "upsample_conv2d_silu"
+    _check(x, weight, bias, op)
+    check_shape(op, "scale", scale, "(C',)", tuple(weight.shape[:1]))
+    check_dtype(op, "scale", scale)
+    if x.numel() == 0 or weight.numel() == 0 or not _has_kernel(op, x, weight, bias, scale):
+        y = upsample_conv2d(x, weight, bias)
+        return rms_silu(y.permute(0, 2, 3, 1), scale, eps).permute(0, 3, 1, 2)
+    args = x.permute(0, 2, 3, 1), weight, bias, scale, eps
+    record = wants_grad(x, weight, bias, scale)
+    y = _UpconvSilu.apply(*args) if record else raw.upsample_conv2d_silu(*args, False)[0]
+    return y.permute(0, 3, 1, 2)
+
+
+class _UpconvSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, eps):  # x (N, H, W, C)
+        z, y = raw.upsample_conv2d_silu(x, weight, bias, scale, eps, True)
+        ctx.save_for_backward(y, scale, x, weight)
+        ctx.eps = eps
+        return z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_z):
+        y, scale, x, weight = ctx.saved_tensors
+        want_x = ctx.needs_input_grad[0]
+        grad_x, *others = raw.upsample_conv2d_silu_backward(
+            grad_z, y, scale, ctx.eps, x, weight, want_x
+        )
+        return grad_x if want_x else None, *others, None
+
+
 @register_fake("upsample_conv2d")
 def _(x, weight, bias):
     return x.new_empty(x.shape[0], 2 * x.shape[1], 2 * x.shape[2], weight.shape[0])
@@ -131,3 +195,15 @@ def _(grad_y, x, weight, want_x, want_weight):
     grad_x = x.new_empty(x.shape if want_x else 0)
     sizes = (weight.shape, weight.shape[:1]) if want_weight else (0, 0)
     return grad_x, *(weight.new_empty(size) for size in sizes)
+
+
+@register_fake("upsample_conv2d_silu")
+def _(x, weight, bias, scale, eps, save):
+    size = x.shape[0], 2 * x.shape[1], 2 * x.shape[2], weight.shape[0]
+    return x.new_empty(size), x.new_empty(size if save else 0)
+
+
+@register_fake("upsample_conv2d_silu_backward")
+def _(grad_z, y, scale, eps, x, weight, want_x):
+    like = [weight.new_empty(t.shape) for t in (weight, scale, scale)]
+    return x.new_empty(x.shape if want_x else 0), *like

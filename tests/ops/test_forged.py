@@ -51,6 +51,7 @@ FREE = {
     ("rms_silu", "x"): "leading",
     ("twohot_mean", "logits"): "leading",
     ("upsample_conv2d", "x"): "leading",
+    ("upsample_conv2d_silu", "x"): "leading",
     ("twohot_mean_linear", "x"): "leading",
     ("rssm_pack", "weights"): "any",
     ("adam_", "decay"): ("[0] =", "[1] =", "[2] ="),  # flags

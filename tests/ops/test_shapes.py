@@ -113,6 +113,9 @@ def test_upsample_conv2d(batch, inputs, outputs, height, width, how):
     x = view(torch.randn(batch, inputs, height, width), how)
     weight = view(torch.randn(outputs, inputs, 5, 5), how)
     agree("upsample_conv2d", (x, weight, torch.randn(outputs)), (0, 1, 2))
+    args = x, weight / (5 * inputs**0.5), torch.randn(outputs), torch.rand(outputs) + 0.5
+    # One channel is normalised to its sign: see test_rms_silu.
+    agree("upsample_conv2d_silu", args, (0, 1, 2, 3), floor=0.1 if outputs == 1 else 1e-2)
 
 
 @FEW
