@@ -7,16 +7,18 @@ import io
 import numpy as np
 import pytest
 import torch
+import trees
 from test_cudagraph import Syncs, TapeRecorder, tensors
 from test_dreamer import CONTINUOUS, DISCRETE, IMAGE, MULTI, PROPRIO, random_batch, tiny_config
 
+from fastwm import assemble, rssm
 from fastwm import config as configs
-from fastwm import rssm
 from fastwm.agents.acting import GraphedActing, Parcel
 from fastwm.agents.dreamer import DreamerAgent
 from fastwm.agents.dreamer_2023 import DreamerAgent2023
 from fastwm.agents.policy import RecurrentPolicy
 from fastwm.cudagraph import WARMUP
+from fastwm.loops import online
 from fastwm.spaces import Space
 
 BOTH = IMAGE | PROPRIO
@@ -251,6 +253,28 @@ def test_parcels_hold_every_type_and_shape():
     other = {key: value.flip(0) for key, value in tree.items()}
     parcel.fetch(other)
     assert all(torch.equal(value, other[key]) for key, value in parcel.take().items())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_run_with_graphs_is_the_run_without(tmp_path, keep):
+    """Prefill, updates, evaluations in between, and going on from a checkpoint."""
+    flags = (
+        "dreamerv3 debug --task cartpole --threads 1 --log.tensorboard false --log.every_s 0 "
+        "--replay.prefill 24 --eval.every 40 --eval.episodes 2 --eval.envs 2 --log.video_every 0"
+    ).split()
+    found = []
+    for folder, graphs in ((tmp_path / "plain", False), (tmp_path / "graphs", True)):
+        for steps in ("88", "160"):
+            settings = configs.load([*flags, "--steps", steps])[0]
+            stored = assemble.read_folder(settings, folder)[0]
+            run = assemble.online_run(settings, folder, stored)
+            run.agent = graph(run.agent, keep) if graphs else run.agent
+            assert online.train(run, stored) == 0
+            run.envs.close()
+            run.logger.close()
+        assert not graphs or run.agent.acting.recorder.recorded == 2  # training and evaluation
+        found.append((run.agent.state_dict(), run.state, run.best, run.replay.sample(4)))
+    trees.same(*found)
 
 
 @pytest.mark.cuda
