@@ -111,7 +111,7 @@ def build() -> Path:
 
 @cache
 def switches() -> ctypes.CDLL:
-    """emulation_guard(on) and emulation_order(order); see emulation/guard.cpp."""
+    """emulation_guard(on), _order(order) and _launches(); see emulation/guard.cpp."""
     return ctypes.CDLL(str(build()))
 
 

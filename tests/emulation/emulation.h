@@ -77,6 +77,7 @@ struct Machine {
   std::set<void*> arrays;  // of shared memory, that this block has used
   size_t shared_bytes = 0;
   std::string error;       // of the last launch
+  int launches = 0;
 };
 
 inline Machine& machine() {
@@ -226,7 +227,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared, cudaStream_t,
                    std::function<void()> kernel) {
   Machine& m = machine();
   if (!m.error.empty()) return;  // as on a GPU, until someone asks for the error
-  m.grid = grid, m.block = block, m.kernel = std::move(kernel);
+  m.grid = grid, m.block = block, m.kernel = std::move(kernel), ++m.launches;
   m.count = block.x * block.y * block.z;
   if (grid.x * grid.y * grid.z == 0 || m.count == 0 || m.count > 1024 || shared > kSharedLimit) {
     m.error = "a bad launch";

@@ -73,3 +73,5 @@ EXPORT void emulation_order(int order) {
   emulation::machine().order = order;
   emulation::machine().random.seed((unsigned)std::max(order, 0));
 }
+
+EXPORT int emulation_launches() { return emulation::machine().launches; }

@@ -82,3 +82,13 @@ def test_optimizers_over_several_tables_and_chunks(name):
     for one, same, want in zip(*runs, expected, strict=True):
         assert torch.equal(one, same)
         torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["laprop_agc_", "adam_"])
+@pytest.mark.parametrize("tensors, launches", [(448, 2), (449, 4)])
+def test_an_optimizer_step_is_two_launches_for_448_tensors(name, tensors, launches):
+    lists = [[torch.ones(1) for _ in range(tensors)] for _ in range(4)]
+    before = emulate.switches().emulation_launches()
+    with emulate.instead_of_cpu():
+        getattr(ops, name)(*lists, torch.tensor(4), torch.tensor(1e-2))
+    assert emulate.switches().emulation_launches() - before == launches
