@@ -5,6 +5,7 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "cpu/lanes.h"
 #include "scalars.h"
 
 namespace fastwm {
@@ -39,14 +40,41 @@ namespace fastwm {
 // short rows would do nothing else.
 constexpr int kNormRows = 16;
 
+// Sum of a[u] b[u]. In short rows as vectors that are halved: the compiler would add number after
+// number there.
+template <int kWidth>
+FWM_HD float row_dot(const float* a, const float* b, int64_t n) {
+#if defined(__GNUC__)
+  if constexpr (kWidth % 4 == 0 && kWidth > 0) {
+    typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+    Four sum = {};
+    if constexpr (kWidth >= 8) {
+      Eight wide = *reinterpret_cast<const Eight*>(a) * *reinterpret_cast<const Eight*>(b);
+#pragma GCC unroll 8
+      for (int64_t u = 8; u + 8 <= kWidth; u += 8) {
+        wide += *reinterpret_cast<const Eight*>(a + u) * *reinterpret_cast<const Eight*>(b + u);
+      }
+      sum = __builtin_shufflevector(wide, wide, 0, 1, 2, 3) +
+            __builtin_shufflevector(wide, wide, 4, 5, 6, 7);
+    }
+    if constexpr (kWidth % 8 == 4) {
+      constexpr int64_t u = kWidth - 4;
+      sum += *reinterpret_cast<const Four*>(a + u) * *reinterpret_cast<const Four*>(b + u);
+    }
+    return sum[0] + sum[2] + (sum[1] + sum[3]);
+  }
+#endif
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t u = 0; u < n; ++u) sum += a[u] * b[u];
+  return sum;
+}
+
 template <int kWidth>
 FWM_HD void inverse_rms(const float* x, int64_t features, float eps, int64_t rows, float* inverse) {
   const int64_t n = kWidth ? kWidth : features;
   for (int64_t r = 0; r < rows; ++r) {
-    const float* row = x + r * n;
-    float squares = 0.0f;
-    FWM_SWEEP("omp simd reduction(+ : squares)", squares += row[u] * row[u];)
-    inverse[r] = squares;
+    inverse[r] = row_dot<kWidth>(x + r * n, x + r * n, n);
   }
 #pragma omp simd
   for (int64_t r = 0; r < kNormRows; ++r) {
@@ -85,13 +113,13 @@ FWM_HD void rms_silu_rows_backward(const float* __restrict__ x, const float* __r
     for (int64_t r = 0; r < count; ++r) {
       const float *from = x + (first + r) * n, *grads = grad + (first + r) * n;
       float* to = out + (first + r) * n;
-      float dot = 0.0f;  // <gradient of the normed row, normed row>
-      FWM_SWEEP("omp simd reduction(+ : dot)", const float normed = from[u] * inverse[r];
+      FWM_SWEEP("omp simd", const float normed = from[u] * inverse[r];
                 const float grad_scaled = grads[u] * silu_grad(normed * scale[u]);
-                const float grad_normed = grad_scaled * scale[u];
-                grad_scale[u] += grad_scaled * normed; to[u] = grad_normed;
-                dot += grad_normed * normed;)
-      pull[r] = inverse[r] * dot / static_cast<float>(n);
+                grad_scale[u] += grad_scaled * normed; to[u] = grad_scaled * scale[u];)
+    }
+    for (int64_t r = 0; r < count; ++r) {  // <gradient of the normed row, normed row>
+      const float dot = row_dot<kWidth>(out + (first + r) * n, x + (first + r) * n, n);
+      pull[r] = inverse[r] * inverse[r] * dot / static_cast<float>(n);
     }
     for (int64_t r = 0; r < count; ++r) {
       const float* from = x + (first + r) * n;
