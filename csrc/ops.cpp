@@ -36,6 +36,10 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
   m.def("twohot_mean(Tensor logits, Tensor bins) -> Tensor");
   // the same of logits x W^T + b that are never written; on the CPU only
   m.def("twohot_mean_linear(Tensor x, Tensor weight, Tensor bias, Tensor bins) -> Tensor");
+  m.def("twohot_linear(Tensor x, Tensor weight, Tensor bias, Tensor bins) -> (Tensor, Tensor)");
+  m.def("twohot_linear_backward(Tensor grad_loss, Tensor exp_sum, Tensor logits, Tensor bins, "
+        "Tensor target, Tensor? second, float weight, float second_weight, Tensor x, "
+        "Tensor kernel, bool wants_x) -> (Tensor, Tensor, Tensor)");
   m.def("twohot_mean_backward(Tensor grad_mean, Tensor logits, Tensor bins) -> Tensor");
 
   // gmm: `joint` one mixture (…, M) over vectors (…, M, Z); else one per latent, (…, Z, M) throughout

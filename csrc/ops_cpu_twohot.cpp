@@ -32,10 +32,17 @@ LossArgs loss_args(const char* op, const Tensor& logits, const Tensor& bins, con
   const auto rows = leading(logits, 1);
   LossArgs a{rows_arg(op, "logits", logits, logits, "(..., V)", sizes_of(logits)),
              rows_arg(op, "bins", bins, logits, "(V,)", {count}),
-             rows_arg(op, "target", target, logits, "(...)", rows), target, {}};
+             rows_arg(op, "target", target, logits, "(...)", rows),
+             target,
+             {}};
   if (second) a.second = rows_arg(op, "second", *second, logits, "(...)", rows);
-  a.args = {ptr(a.logits), ptr(a.bins), {ptr(a.target), second ? ptr(a.second) : nullptr},
-            {static_cast<float>(weight), static_cast<float>(second_weight)}, nullptr, nullptr, count};
+  a.args = {ptr(a.logits),
+            ptr(a.bins),
+            {ptr(a.target), second ? ptr(a.second) : nullptr},
+            {static_cast<float>(weight), static_cast<float>(second_weight)},
+            nullptr,
+            nullptr,
+            count};
   return a;
 }
 
@@ -97,28 +104,98 @@ Tensor twohot_mean_backward_cpu(Tensor grad_mean, Tensor logits, Tensor bins) {
   return grad_logits;
 }
 
-Tensor twohot_mean_linear_cpu(Tensor x, Tensor weight, Tensor bias, Tensor bins) {
-  constexpr const char* op = "twohot_mean_linear";
-  check_min_dim(op, "x", x, "(..., U)", 1);
-  check_float(op, "weight", weight, x, "(V, U)", {-1, x.size(x.dim() - 1)});
+// The means of x W^T + b into `mean`, and the logits into `logits` unless it is null.
+void run_linear(const char* op, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                const Tensor& bins, Tensor& mean, Tensor* logits) {
   const int64_t count = weight.size(0), inputs = weight.size(1);
-  STD_TORCH_CHECK(1 <= count && count <= kMaxBins && inputs >= 1, op, ": expected 1 <= V <= ",
-                  kMaxBins, " and U >= 1, got V = ", count, ", U = ", inputs);
   const Tensor rows = rows_arg(op, "x", x, x, "(..., U)", sizes_of(x)), w = dense(weight);
   const Tensor b = float_arg(op, "bias", bias, x, "(V,)", {count});
   const Tensor places = float_arg(op, "bins", bins, x, "(V,)", {count});
-  Tensor mean = allocate(x, leading(x, 1));
   Tensor packed = allocate(x, {twohot_linear_packed_floats(count, inputs)});
-  const TwohotMeanLinear args{ptr(rows), ptr(w), ptr(b), ptr(places), inputs, count,
-                              mutable_ptr(packed)};
+  const TwohotLinear args{ptr(rows),          ptr(w), ptr(b), ptr(places), inputs, count,
+                          mutable_ptr(packed)};
   twohot_linear_pack(args);
-  float* out = mutable_ptr(mean);
+  float *out = mutable_ptr(mean), *wide = logits == nullptr ? nullptr : mutable_ptr(*logits);
   const int64_t total = product(leading(x, 1)), groups = (total + kMostRows - 1) / kMostRows;
   parallel(groups, kMostRows * count * (4 + inputs / 16), [&](int64_t begin, int64_t end) {
     const int64_t stop = std::min(total, end * kMostRows);
-    twohot_mean_linear(args, out, begin * kMostRows, stop);
+    twohot_linear(args, wide, out, begin * kMostRows, stop);
   });
+}
+
+void check_linear(const char* op, const Tensor& x, const Tensor& weight) {
+  check_min_dim(op, "x", x, "(..., U)", 1);
+  check_float(op, "weight", weight, x, "(V, U)", {-1, x.size(x.dim() - 1)});
+  const int64_t count = weight.size(0), inputs = weight.size(1);
+  STD_TORCH_CHECK(1 <= count && count <= kMaxBins && inputs >= 1, op,
+                  ": expected 1 <= V <= ", kMaxBins, " and U >= 1, got V = ", count,
+                  ", U = ", inputs);
+}
+
+Tensor twohot_mean_linear_cpu(Tensor x, Tensor weight, Tensor bias, Tensor bins) {
+  constexpr const char* op = "twohot_mean_linear";
+  check_linear(op, x, weight);
+  Tensor mean = allocate(x, leading(x, 1));
+  run_linear(op, x, weight, bias, bins, mean, nullptr);
   return mean;
+}
+
+std::tuple<Tensor, Tensor> twohot_linear_cpu(Tensor x, Tensor weight, Tensor bias, Tensor bins) {
+  constexpr const char* op = "twohot_linear";
+  check_linear(op, x, weight);
+  auto sizes = leading(x, 1);
+  Tensor mean = allocate(x, sizes);
+  sizes.push_back(weight.size(0));
+  Tensor logits = allocate(x, sizes);
+  run_linear(op, x, weight, bias, bins, mean, &logits);
+  return {logits, mean};
+}
+
+std::tuple<Tensor, Tensor, Tensor> twohot_linear_backward_cpu(
+    Tensor grad_loss, Tensor exp_sum, Tensor logits, Tensor bins, Tensor target,
+    std::optional<Tensor> second, double weight, double second_weight, Tensor x, Tensor kernel,
+    bool wants_x) {
+  constexpr const char* op = "twohot_linear_backward";
+  LossArgs a = loss_args(op, logits, bins, target, second, weight, second_weight);
+  const auto rows = leading(logits, 1);
+  const Tensor grad = rows_arg(op, "grad_loss", grad_loss, logits, "(...)", rows);
+  const Tensor sums = rows_arg(op, "exp_sum", exp_sum, logits, "(...)", rows);
+  check_linear(op, x, kernel);
+  const int64_t count = a.args.count, inputs = kernel.size(1), total = product(rows);
+  const Tensor w = float_arg(op, "kernel", kernel, logits, "(V, U)", {count, inputs});
+  auto sizes = rows;
+  sizes.push_back(inputs);
+  const Tensor input = rows_arg(op, "x", x, logits, "(..., U)", sizes);
+  a.args.grad_loss = ptr(grad);
+  a.args.exp_sum = ptr(sums);
+
+  Tensor packed = allocate(x, {twohot_linear_packed_floats(inputs, count)});
+  TwohotLinearGrad args{a.args, ptr(input), ptr(w), inputs, mutable_ptr(packed)};
+  twohot_linear_grad_pack(args);
+  // As in rms_silu_backward: ranges that do not depend on the number of threads, added in order.
+  const int64_t range = std::max<int64_t>(kMostRows, (total + 15) / 16);
+  const int64_t ranges = std::max<int64_t>(1, (total + range - 1) / range);
+  const int64_t width = count * (inputs + 1), space = twohot_linear_workspace(args);
+  Tensor grad_x = allocate(x, wants_x ? sizes : std::vector<int64_t>{0});
+  Tensor grad_kernel = allocate(x, {count, inputs}), grad_bias = allocate(x, {count});
+  Tensor parts = allocate(x, {ranges, width + space});
+  float *out = wants_x ? mutable_ptr(grad_x) : nullptr, *memory = mutable_ptr(parts);
+  parallel(ranges, 8 * range * count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* part = memory + i * (width + space);
+      std::fill(part, part + width, 0.0f);
+      twohot_linear_backward(args, part + width, out, part, part + count * inputs, i * range,
+                             std::min(total, (i + 1) * range));
+    }
+  });
+  float *to_kernel = mutable_ptr(grad_kernel), *to_bias = mutable_ptr(grad_bias);
+  for (int64_t i = 0; i < ranges; ++i) {
+    const float* part = memory + i * (width + space);
+    for (int64_t k = 0; k < count * inputs; ++k) to_kernel[k] = (i ? to_kernel[k] : 0.0f) + part[k];
+    part += count * inputs;
+    for (int64_t k = 0; k < count; ++k) to_bias[k] = (i ? to_bias[k] : 0.0f) + part[k];
+  }
+  return {grad_x, grad_kernel, grad_bias};
 }
 
 }  // namespace
@@ -129,5 +206,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
   m.impl("twohot_loss_backward", TORCH_BOX(&fastwm::twohot_loss_backward_cpu));
   m.impl("twohot_mean", TORCH_BOX(&fastwm::twohot_mean_cpu));
   m.impl("twohot_mean_linear", TORCH_BOX(&fastwm::twohot_mean_linear_cpu));
+  m.impl("twohot_linear", TORCH_BOX(&fastwm::twohot_linear_cpu));
+  m.impl("twohot_linear_backward", TORCH_BOX(&fastwm::twohot_linear_backward_cpu));
   m.impl("twohot_mean_backward", TORCH_BOX(&fastwm::twohot_mean_backward_cpu));
 }

@@ -175,7 +175,7 @@ def imag_loss(
     action: Tensor,  # (N, I+1, A)
     reward: Tensor,  # (N, I+1)
     cont: Tensor,  # (N, I+1) probability of going on
-    value_logits: Tensor,  # (N, I+1, V)
+    value_logits: Tensor | ops.LinearLogits,  # (N, I+1, V)
     slow_value: Tensor,  # (N, I+1)
     bins: Tensor,  # (V,)
     scale_of,  # returns (N, I) -> scale ()
@@ -203,7 +203,7 @@ def imag_loss(
 
 
 def critic_loss(
-    logits: Tensor,  # (N, L, V)
+    logits: Tensor | ops.LinearLogits,  # (N, L, V)
     returns: Tensor,  # (N, L-1)
     slow_value: Tensor,  # (N, L)
     bins: Tensor,  # (V,)
@@ -223,7 +223,7 @@ def repl_loss(
     is_last: Tensor,  # (B, T)
     is_terminal: Tensor,  # (B, T)
     boot: Tensor,  # (B, T) imagined return from each state
-    value_logits: Tensor,  # (B, T, V)
+    value_logits: Tensor | ops.LinearLogits,  # (B, T, V)
     slow_value: Tensor,  # (B, T)
     bins: Tensor,  # (V,)
     *,

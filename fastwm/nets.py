@@ -193,6 +193,11 @@ class Head(nn.Module):
         """forward(x) where the first layer's product is known; see NormLinear.recall."""
         return self.out(self.mlp.recall(product, x)).float()
 
+    def logits(self, x: Tensor, product: Tensor | None = None) -> ops.LinearLogits:
+        """forward(x) as `ops.twohot_loss` takes it. product: see `recall`."""
+        hidden = self.mlp(x) if product is None else self.mlp.recall(product, x)
+        return ops.LinearLogits(hidden, self.out.weight, self.out.bias)
+
     def mean(self, x: Tensor, bins: Tensor, product: Tensor | None = None) -> Tensor:  # (..., F)
         """The two-hot mean of what the head says of x. product: see `recall`."""
         hidden = self.mlp(x) if product is None else self.mlp.recall(product, x)

@@ -1,23 +1,37 @@
 // FWM_R rows times one panel, all sums in registers. Included by rssm_body.h once per row count.
+// With FWM_TURNED the rows are columns: x (depth, rows), names turned1 … in place of tile1 ….
+#undef FWM_TILE
+#undef FWM_SUM
+#undef FWM_FIRST
+#undef FWM_AT
+#ifdef FWM_TURNED
+#define FWM_TILE FWM_JOIN(turned, FWM_R)
+#define FWM_SUM FWM_JOIN(sum_turned, FWM_R)
+#define FWM_FIRST row
+#define FWM_AT(r, k) ((k) * part.row + (r))
+#else
+#define FWM_TILE FWM_JOIN(tile, FWM_R)
+#define FWM_SUM FWM_JOIN(accumulate, FWM_R)
+#define FWM_FIRST row* part.row
+#define FWM_AT(r, k) ((r) * part.row + (k))
+#endif
 
-FWM_INLINE void FWM_JOIN(accumulate, FWM_R)(Vec (&sum)[FWM_R][2], const Part& part,
-                                                    int64_t row, const float* panel) {
-  const float* x = part.x + row * part.row;
+FWM_INLINE void FWM_SUM(Vec (&sum)[FWM_R][2], const Part& part, int64_t row, const float* panel) {
+  const float* x = part.x + FWM_FIRST;
   for (int64_t k = 0; k < part.depth; ++k, panel += kPanel) {
     __builtin_prefetch(panel + kAhead);
     __builtin_prefetch(panel + kAhead + kVec);
     const Vec w0 = *(const Vec*)panel, w1 = *(const Vec*)(panel + kVec);
 #pragma GCC unroll 8
     for (int r = 0; r < FWM_R; ++r) {
-      const float s = x[r * part.row + k];
+      const float s = x[FWM_AT(r, k)];
       sum[r][0] += s * w0;
       sum[r][1] += s * w1;
     }
   }
 }
 
-FWM_INLINE void FWM_JOIN(tile, FWM_R)(const float* panel, const Part& part,
-                                         const Target& to, int64_t row) {
+FWM_INLINE void FWM_TILE(const float* panel, const Part& part, const Target& to, int64_t row) {
   Vec sum[FWM_R][2];
   float edge[kPanel];
 #pragma GCC unroll 8
@@ -32,7 +46,7 @@ FWM_INLINE void FWM_JOIN(tile, FWM_R)(const float* panel, const Part& part,
     sum[r][0] = *(const Vec*)init;
     sum[r][1] = *(const Vec*)(init + kVec);
   }
-  FWM_JOIN(accumulate, FWM_R)(sum, part, row, panel);
+  FWM_SUM(sum, part, row, panel);
 #pragma GCC unroll 8
   for (int r = 0; r < FWM_R; ++r) {
     float* y = to.y + (row + r) * to.row;

@@ -170,7 +170,7 @@ class DreamerAgent(DreamerBase):
             return self.model.return_norm.scale(limits)
 
         policy = self.model.actor.recall(products["actor"], features)
-        value_logits = critic.net.recall(products["critic"], features)
+        value_logits = critic.net.logits(features, products["critic"])
         horizon_discount = 1.0 - 1.0 / config.discount_horizon
         out = imag_loss(
             policy,
@@ -204,7 +204,7 @@ class DreamerAgent(DreamerBase):
         return repl_loss(
             **window,
             boot=boot,
-            value_logits=critic(features),
+            value_logits=critic.net.logits(features),
             slow_value=critic.slow_mean(features.detach()),
             bins=critic.bins,
             discount=1.0 - 1.0 / config.discount_horizon,

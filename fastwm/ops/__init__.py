@@ -41,11 +41,14 @@ from fastwm.ops.rssm import (
     rssm_prior_ref,
 )
 from fastwm.ops.twohot import (
+    LinearLogits,
     symexp,
     symexp_bins,
     symlog,
     symlog_bins,
     twohot_loss,
+    twohot_loss_linear,
+    twohot_loss_linear_ref,
     twohot_loss_ref,
     twohot_mean,
     twohot_mean_linear,
@@ -61,6 +64,7 @@ from fastwm.ops.upconv import (
 
 __all__ = [
     "Copies",
+    "LinearLogits",
     "PackedMLP",
     "RSSMWeights",
     "adam_",
@@ -109,6 +113,8 @@ __all__ = [
     "symlog",
     "symlog_bins",
     "twohot_loss",
+    "twohot_loss_linear",
+    "twohot_loss_linear_ref",
     "twohot_loss_ref",
     "twohot_mean",
     "twohot_mean_linear",

@@ -61,6 +61,13 @@ def twohot_loss(batch: int) -> Case:
 
 
 @_case
+def twohot_loss_linear(batch: int) -> Case:
+    head = (torch.randn(255, 9) / 9, torch.randn(255) / 9)
+    args = (torch.randn(batch, 3, 9), *head, 30 * torch.randn(batch, 3), ops.symexp_bins(255))
+    return Case(args, wrt=(0, 1, 2))
+
+
+@_case
 def twohot_mean(batch: int) -> Case:
     return Case((torch.randn(batch, 3, 255), ops.symexp_bins(255)), wrt=(0,))
 

@@ -16,11 +16,14 @@ from fastwm.ops._backend import available, operand, raw, register_fake, wants_gr
 from fastwm.ops._check import check_dtype, check_same_device, check_shape
 
 __all__ = [
+    "LinearLogits",
     "symexp",
     "symexp_bins",
     "symlog",
     "symlog_bins",
     "twohot_loss",
+    "twohot_loss_linear",
+    "twohot_loss_linear_ref",
     "twohot_loss_ref",
     "twohot_mean",
     "twohot_mean_linear",
@@ -85,6 +88,59 @@ def symlog_bins(n: int, device: torch.device | str | None = None) -> Tensor:  # 
         raise ValueError(f"symlog_bins: expected n >= 2, got {n}")
     line = torch.linspace(-BIN_LIMIT, BIN_LIMIT, n, dtype=torch.float64)
     return (0.5 * (line - line.flip(0))).to(torch.float32).to(device)
+
+
+class LinearLogits:
+    """The logits x W^T + b of a two-hot head, as `twohot_mean` and `twohot_loss` take them.
+
+    They are four times as wide as x. On a CPU a few rows of them at a time pass through product and
+    mean, and their gradient through both products of the backward pass: it is never written.
+    Elsewhere they are F.linear(x, weight, bias).
+
+    Args:
+        x: (…, U), the last hidden layer. weight: (V, U). bias: (V,). float32 for the kernels.
+    Raises:
+        ValueError: shapes that do not fit. TypeError: types or devices.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+        who, tensors = "LinearLogits", {"x": x, "weight": weight, "bias": bias}
+        if x.dim() < 1:
+            raise ValueError(f"{who}: expected x of shape (..., U), got ()")
+        check_shape(who, "weight", weight, "(V, U)", (*weight.shape[:1], x.shape[-1]))
+        check_shape(who, "bias", bias, "(V,)", (weight.shape[0],))
+        for name, tensor in tensors.items():
+            check_dtype(who, name, tensor)
+        check_same_device(who, **tensors)
+        self.x, self.weight, self.bias = x, weight, bias
+        self._known: Tensor | None = None  # without gradient
+
+    def tensor(self) -> Tensor:  # (…, V)
+        """All of them, with gradient to x, weight and bias."""
+        return F.linear(self.x, self.weight, self.bias)
+
+    def fused(self) -> bool:
+        """Whether the kernels take them."""
+        parts = self.x, self.weight, self.bias
+        narrow = all(part.dtype == torch.float32 for part in parts)
+        low = torch.is_autocast_enabled(self.x.device.type)
+        sizes = 1 <= self.weight.shape[0] <= MAX_BINS and self.weight.shape[1] >= 1
+        kernels = ("twohot_linear", "twohot_loss", "twohot_linear_backward")
+        return narrow and not low and sizes and all(available(self.x, name) for name in kernels)
+
+    def wants_grad(self) -> bool:
+        return wants_grad(self.x, self.weight, self.bias)
+
+    def mean(self, bins: Tensor) -> Tensor:  # (…)
+        """The mean over bins (V,), no gradient; keeps the logits for a loss that follows."""
+        parts = (part.detach() for part in (self.x, self.weight, self.bias))
+        self._known, mean = raw.twohot_linear(*parts, bins)
+        return mean
+
+    def known(self, bins: Tensor) -> Tensor:  # (…, V)
+        if self._known is None:
+            self.mean(bins)
+        return self._known
 
 
 def _as_pair(
@@ -165,7 +221,7 @@ def twohot_loss_ref(
 
 
 def twohot_loss(
-    logits: Tensor,  # (…, V)
+    logits: Tensor | LinearLogits,  # (…, V)
     target: Tensor | Sequence[Tensor],  # (…) or a pair of (…)
     bins: Tensor,  # (V,)
     weights: Sequence[float] | None = None,
@@ -179,7 +235,7 @@ def twohot_loss(
     loss = -sum_v w_v log_softmax(logits)_v.
 
     Args:
-        logits: (…, V) float32 or bfloat16.
+        logits: (…, V) float32 or bfloat16; or LinearLogits.
         target: (…) float32, in the units of the bins; a pair of targets costs one pass over the
             logits and gives weights[0]*CE(target[0]) + weights[1]*CE(target[1]).
         bins: (V,) float32, ascending.
@@ -187,7 +243,7 @@ def twohot_loss(
         squash: the bins lie on the symlog scale: the target goes through `symlog` first (the 2023
             algorithm, with `symlog_bins`).
     Returns:
-        (…) float32. Gradient: logits only.
+        (…) float32. Gradient: logits only; of LinearLogits x, weight and bias.
     Raises:
         ValueError: shapes that do not fit. TypeError: types or devices.
     Equivalent to:
@@ -195,6 +251,10 @@ def twohot_loss(
         -(p * torch.log_softmax(logits, -1)).sum(-1)
     """
     targets, scale = _as_pair(target, weights)
+    head = None
+    if isinstance(logits, LinearLogits):
+        head = logits if logits.fused() and bins.dtype == torch.float32 else None
+        logits = logits.tensor() if head is None else head.known(bins)
     _check_logits("twohot_loss", logits, bins)
     _check_targets(logits, targets)
     if not _fused(logits, "twohot_loss"):
@@ -203,7 +263,49 @@ def twohot_loss(
     targets = [symlog(goal) for goal in targets] if squash else targets
     second = targets[1] if len(targets) == 2 else None
     args = (operand(logits), bins.float(), targets[0], second, scale[0], scale[-1])
+    if head is not None and head.wants_grad():
+        return _LinearLoss.apply(head.x, head.weight, head.bias, *args)
     return _TwohotLoss.apply(*args) if wants_grad(logits) else raw.twohot_loss(*args)[0]
+
+
+def twohot_loss_linear_ref(
+    x: Tensor,  # (…, U)
+    weight: Tensor,  # (V, U)
+    bias: Tensor,  # (V,)
+    target: Tensor | Sequence[Tensor],  # (…) or a pair of (…)
+    bins: Tensor,  # (V,)
+    weights: Sequence[float] | None = None,
+    *,
+    squash: bool = False,
+) -> Tensor:  # (…)
+    """`twohot_loss_linear` in plain PyTorch."""
+    return twohot_loss_ref(F.linear(x, weight, bias), target, bins, weights, squash=squash)
+
+
+def twohot_loss_linear(
+    x: Tensor,  # (…, U)
+    weight: Tensor,  # (V, U)
+    bias: Tensor,  # (V,)
+    target: Tensor | Sequence[Tensor],  # (…) or a pair of (…)
+    bins: Tensor,  # (V,)
+    weights: Sequence[float] | None = None,
+    *,
+    squash: bool = False,
+) -> Tensor:  # (…)
+    """`twohot_loss` of the logits x W^T + b; see `LinearLogits`, which shares them with a mean.
+
+    Args:
+        x: (…, U) float32, the last hidden layer. weight: (V, U). bias: (V,).
+        target, bins, weights, squash: as in `twohot_loss`.
+    Returns:
+        (…) float32. Gradient: x, weight, bias.
+    Raises:
+        ValueError: shapes that do not fit. TypeError: types or devices.
+    Equivalent to:
+        p = two_hot(target, bins)                       # (…, V)
+        -(p * torch.log_softmax(F.linear(x, weight, bias), -1)).sum(-1)
+    """
+    return twohot_loss(LinearLogits(x, weight, bias), target, bins, weights, squash=squash)
 
 
 class _TwohotLoss(torch.autograd.Function):
@@ -219,6 +321,26 @@ class _TwohotLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad = raw.twohot_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.weights)
         return grad, None, None, None, None, None
+
+
+class _LinearLoss(torch.autograd.Function):
+    """The loss of logits x W^T + b that are known."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, logits, bins, target, second, first_scale, second_scale):
+        loss, exp_sum = raw.twohot_loss(logits, bins, target, second, first_scale, second_scale)
+        ctx.save_for_backward(exp_sum, logits, bins, target, second, x, weight)
+        ctx.scales = first_scale, second_scale
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss):
+        *saved, x, weight = ctx.saved_tensors
+        wants_x = ctx.needs_input_grad[0]
+        args = (grad_loss, *saved, *ctx.scales, x, weight, wants_x)
+        grad_x, grad_weight, grad_bias = raw.twohot_linear_backward(*args)
+        return grad_x if wants_x else None, grad_weight, grad_bias, *[None] * 6
 
 
 @register_fake("twohot_loss")
@@ -249,7 +371,7 @@ def twohot_mean_ref(
 
 
 def twohot_mean(
-    logits: Tensor,  # (…, V)
+    logits: Tensor | LinearLogits,  # (…, V)
     bins: Tensor,  # (V,)
     *,
     squash: bool = False,
@@ -260,7 +382,7 @@ def twohot_mean(
     exactly 0 for uniform logits under any compiler, and about three times more accurate.
 
     Args:
-        logits: (…, V) float32 or bfloat16.
+        logits: (…, V) float32 or bfloat16; or LinearLogits.
         bins: (V,) float32, antisymmetric: bins[i] == -bins[V-1-i].
         squash: the bins lie on the symlog scale: the mean there goes through `symexp` (the 2023
             algorithm, with `symlog_bins`).
@@ -271,6 +393,12 @@ def twohot_mean(
     Equivalent to:
         (torch.softmax(logits, -1) * bins).sum(-1)
     """
+    if isinstance(logits, LinearLogits):
+        check_shape("twohot_mean", "bins", bins, "(V,)", tuple(logits.bias.shape))
+        if logits.fused() and bins.dtype == torch.float32 and not logits.wants_grad():
+            mean = logits.mean(bins)
+            return symexp(mean) if squash else mean
+        logits = logits.tensor()
     _check_logits("twohot_mean", logits, bins)
     if not _fused(logits, "twohot_mean"):
         return twohot_mean_ref(logits, bins, squash=squash)
@@ -349,6 +477,18 @@ def _(logits, bins):
 @register_fake("twohot_mean_linear")
 def _(x, weight, bias, bins):
     return x.new_empty(x.shape[:-1])
+
+
+@register_fake("twohot_linear")
+def _(x, weight, bias, bins):
+    rows = x.shape[:-1]
+    return x.new_empty((*rows, weight.shape[0])), x.new_empty(rows)
+
+
+@register_fake("twohot_linear_backward")
+def _(grad_loss, exp_sum, logits, bins, target, second, weight, second_weight, x, kernel, wants_x):
+    shapes = (x.shape if wants_x else (0,)), kernel.shape, (kernel.shape[0],)
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
 @register_fake("twohot_mean_backward")

@@ -75,7 +75,9 @@ class WorldModel(nn.Module):
         """World-model losses by name, each (B, T), and metrics."""
         features = feat(post.deter, post.stoch)
         losses, metrics = self.kl_losses(post)
-        losses["rew"] = ops.twohot_loss(self.reward(features), batch["reward"], self.reward_bins)
+        losses["rew"] = ops.twohot_loss(
+            self.reward.logits(features), batch["reward"], self.reward_bins
+        )
         alive = 1.0 - batch["is_terminal"].float()
         losses["con"] = bernoulli_loss(self.cont(features).squeeze(-1), alive * self.discount)
         recon = self.decoder(post.deter, post.stoch.flatten(-2), squash=False)

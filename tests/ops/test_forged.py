@@ -53,6 +53,7 @@ FREE = {
     ("upsample_conv2d", "x"): "leading",
     ("upsample_conv2d_silu", "x"): "leading",
     ("twohot_mean_linear", "x"): "leading",
+    ("twohot_linear", "x"): "leading",
     ("rssm_pack", "weights"): "any",
     ("adam_", "decay"): ("[0] =", "[1] =", "[2] ="),  # flags
     ("laprop_agc_", "decay"): ("[0] =", "[1] =", "[2] ="),

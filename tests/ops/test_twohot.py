@@ -9,6 +9,8 @@ from fastwm import ops
 from fastwm.ops import (
     available,
     twohot_loss,
+    twohot_loss_linear,
+    twohot_loss_linear_ref,
     twohot_loss_ref,
     twohot_mean,
     twohot_mean_linear,
@@ -410,3 +412,83 @@ def test_bad_linear_heads(place, forge, error, message, variant):
     args[place] = forge(args[place])
     with pytest.raises(error, match=message):
         twohot_mean_linear(*args)
+
+
+# ---- the loss of a linear head
+
+
+@pytest.mark.parametrize("lead, units, count", HEADS, ids=str)
+@pytest.mark.parametrize("pair", [False, True], ids=["one", "two"])
+def test_loss_of_a_linear_head_matches_reference(lead, units, count, pair, variant, close, near):
+    *parts, bins = head(lead, units, count)
+    targets = [ops.symexp(4 * torch.randn(lead)) for _ in range(2)]
+    target, weights = (targets, (1.0, 0.3)) if pair else (targets[0], None)
+    narrow, wide = [part.requires_grad_() for part in parts], [double(part) for part in parts]
+    loss = twohot_loss_linear(*narrow, target, bins, weights)
+    expected = twohot_loss_linear_ref(*wide, target, bins, weights)
+    close(loss, expected)
+    if loss.numel() and count > 1:  # of one bin the gradient is rounding
+        factor = torch.randn(lead)
+        got = torch.autograd.grad(loss, narrow, factor)
+        want = torch.autograd.grad(expected, wide, factor.double())
+        for name, mine, exact in zip(("x", "weight", "bias"), got, want, strict=True):
+            near(mine.double(), exact, 1e-5, name)
+
+
+def test_mean_and_loss_share_their_logits(variant):
+    """The mean without gradient leaves the logits to the loss, whose gradient is the same."""
+    x, weight, bias, bins = head((110,), 12, 41)
+    target = ops.symexp(torch.randn(110))
+    results = []
+    for first in (False, True):
+        parts = [part.detach().requires_grad_() for part in (x, weight, bias)]
+        logits = ops.LinearLogits(*parts)
+        if first:
+            with torch.no_grad():
+                mean = twohot_mean(logits, bins)
+            assert torch.allclose(mean, twohot_mean_linear(x, weight, bias, bins), rtol=1e-5)
+        loss = twohot_loss(logits, target, bins)
+        results.append([loss, *torch.autograd.grad(loss.square().sum(), parts)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradients_of_a_linear_head_where_only_some_are_wanted(variant, close):
+    parts, bins = head((7, 3), 5, 41)[:3], make_bins(41)
+    target = ops.symexp(torch.randn(7, 3))
+    everything = [part.detach().requires_grad_() for part in parts]
+    grads = torch.autograd.grad(twohot_loss_linear(*everything, target, bins).sum(), everything)
+    for i in range(3):
+        some = [part.detach().requires_grad_(k == i) for k, part in enumerate(parts)]
+        only = torch.autograd.grad(twohot_loss_linear(*some, target, bins).sum(), some[i])[0]
+        close(only, grads[i])
+    with torch.no_grad():
+        twohot_loss_linear(*everything, target, bins)
+    wide = [double(part) for part in parts]  # without kernels: through the reference
+    exact = torch.autograd.grad(twohot_loss_linear(*wide, target.double(), bins).sum(), wide)
+    for mine, other in zip(grads, exact, strict=True):
+        close(mine, other)
+
+
+def test_loss_of_a_linear_head_does_not_depend_on_threads():
+    parts, bins = head((500,), 24, 255)[:3], make_bins(255)
+    target, kept = ops.symexp(torch.randn(500)), torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        mine = [part.detach().requires_grad_() for part in parts]
+        loss = twohot_loss_linear(*mine, target, bins)
+        results.append([loss, *torch.autograd.grad(loss.sum(), mine)])
+    torch.set_num_threads(kept)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_linear_logits_refuse_what_does_not_fit():
+    x, weight, bias = torch.randn(2, 4), torch.randn(9, 4), torch.randn(9)
+    with pytest.raises(ValueError, match=r"LinearLogits: expected weight of shape \(V, U\)"):
+        ops.LinearLogits(x, weight[:, :3], bias)
+    with pytest.raises(ValueError, match=r"LinearLogits: expected bias of shape \(V,\)"):
+        ops.LinearLogits(x, weight, bias[:3])
+    with pytest.raises(ValueError, match=r"twohot_mean: expected bins of shape \(V,\)"):
+        twohot_mean(ops.LinearLogits(x, weight, bias), torch.zeros(8))
+    with pytest.raises(TypeError, match="LinearLogits: expected weight"):
+        ops.LinearLogits(x, weight.long(), bias)
