@@ -106,6 +106,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
   // mlp: layers of (weight, bias, scale), the last one perhaps without scale; on the CPU only
   m.def("mlp_pack(Tensor[] weights) -> Tensor");
   m.def("mlp(Tensor x, Tensor packed, Tensor[] weights, bool squash) -> Tensor");
+  // sparse_linear: x (N, in) nearly all zero; packed is the weight (out, in), regrouped
+  m.def("sparse_linear_pack(Tensor weight) -> Tensor");
+  m.def("sparse_linear(Tensor x, Tensor packed, Tensor bias) -> Tensor");
 
   // rssm: the loop of the posterior sequence; see csrc/rssm_args.h for what the lists hold.
   // `low`: the products in bfloat16, on CUDA only

@@ -60,8 +60,8 @@ Tensor mlp_cpu(Tensor x, Tensor packed, std::vector<Tensor> weights, bool squash
   std::vector<int64_t> sizes = lead;
   sizes.push_back(a.args.layers[0].inputs);
   const Tensor input = rows_arg(op, "x", x, weights[0], "(..., in)", sizes);
-  const Tensor panels = float_arg(op, "packed", packed, weights[0], "(floats,)",
-                                  {mlp_packed_floats(a.args)});
+  const Tensor panels =
+      float_arg(op, "packed", packed, weights[0], "(floats,)", {mlp_packed_floats(a.args)});
   sizes.back() = a.args.layers[a.args.count - 1].outputs;
   Tensor y = allocate(x, sizes);
   a.args.x = ptr(input), a.args.y = mutable_ptr(y), a.args.squash = squash;
@@ -83,10 +83,50 @@ Tensor mlp_cpu(Tensor x, Tensor packed, std::vector<Tensor> weights, bool squash
   return y;
 }
 
+Tensor sparse_linear_pack_cpu(Tensor weight) {
+  constexpr const char* op = "sparse_linear_pack";
+  SparseLinear a{};
+  const Tensor rows = float_arg(op, "weight", weight, weight, "(out, in)", {-1, -1});
+  a.outputs = rows.size(0), a.inputs = rows.size(1), a.weight = ptr(rows);
+  const int64_t floats = sparse_packed_floats(a.inputs, a.outputs);
+  Tensor packed = torch::stable::new_zeros(weight, {floats});
+  a.packed = mutable_ptr(packed);
+  sparse_pack(a);
+  return packed;
+}
+
+Tensor sparse_linear_cpu(Tensor x, Tensor packed, Tensor bias) {
+  constexpr const char* op = "sparse_linear";
+  SparseLinear a{};
+  check_float(op, "x", x, bias, "(N, in)", {-1, -1});
+  const Tensor b = float_arg(op, "bias", bias, bias, "(out,)", {-1});
+  const int64_t rows = x.size(0);
+  a.inputs = x.size(1), a.outputs = b.size(0), a.bias = ptr(b);
+  const Tensor panels = float_arg(op, "packed", packed, bias, "(floats,)",
+                                  {sparse_packed_floats(a.inputs, a.outputs)});
+  const Tensor input = rows < 2 || x.stride(1) != 1 ? dense(x) : x;  // rows may lie apart
+  Tensor y = allocate(x, {rows, a.outputs});
+  a.x = ptr(input), a.row_stride = input.stride(0), a.y = mutable_ptr(y);
+  a.packed = const_cast<float*>(ptr(panels));  // read only
+  if (rows == 0) return y;
+  // A thread takes the memory of its first group; what it does not take is never touched.
+  const int64_t groups = (rows + kSparseGroup - 1) / kSparseGroup;
+  const int64_t step = sparse_workspace(a.inputs);
+  Tensor workspace = allocate(x, {groups * step});
+  float* memory = mutable_ptr(workspace);
+  parallel(groups, kSparseGroup * a.outputs, [&](int64_t begin, int64_t end) {
+    const int64_t stop = std::min(rows, end * kSparseGroup);
+    sparse_linear(a, memory + begin * step, begin * kSparseGroup, stop);
+  });
+  return y;
+}
+
 }  // namespace
 }  // namespace fastwm
 
 STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
   m.impl("mlp_pack", TORCH_BOX(&fastwm::mlp_pack_cpu));
   m.impl("mlp", TORCH_BOX(&fastwm::mlp_cpu));
+  m.impl("sparse_linear_pack", TORCH_BOX(&fastwm::sparse_linear_pack_cpu));
+  m.impl("sparse_linear", TORCH_BOX(&fastwm::sparse_linear_cpu));
 }

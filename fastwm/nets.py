@@ -107,17 +107,27 @@ class WeightWatch:
 class FirstLayers:
     """The first layers of several MLPs that read the same features, as one product.
 
+    one_hots: how many of the features, the last ones, are of one-hots: these are looked up.
     Use under `torch.no_grad()` while the weights stay as they are.
     """
 
-    def __init__(self, mlps: Sequence[MLP]) -> None:
+    def __init__(self, mlps: Sequence[MLP], one_hots: int = 0) -> None:
         layers = [mlp[0] for mlp in mlps]
         self.sizes = [layer.bias.shape[0] for layer in layers]
-        self.weight = torch.cat([layer.weight for layer in layers])
-        self.bias = torch.cat([layer.bias for layer in layers])
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers])
+        self.dense = weight.shape[1] - one_hots
+        self.weight, self.bias, self.lookup = weight, bias, None
+        if one_hots:
+            lookup = ops.SparseLinear(weight[:, self.dense :], bias)
+            self.lookup = None if lookup.packed is None else lookup
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:  # (..., in) -> one (..., units) per MLP
-        return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in) -> one (N, units) per MLP
+        if self.lookup is None:
+            return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
+        looked_up = self.lookup(x[:, self.dense :])
+        product = looked_up.addmm_(x[:, : self.dense], self.weight[:, : self.dense].t())
+        return product.split(self.sizes, -1)
 
 
 class BlockLinear(nn.Module):

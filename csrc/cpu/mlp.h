@@ -7,7 +7,7 @@
 
 namespace fastwm {
 
-constexpr int kMlpLayers = 16;    // at most, the linear output included
+constexpr int kMlpLayers = 16;     // at most, the linear output included
 constexpr int64_t kMlpGroup = 64;  // rows that go through all layers at a time
 
 struct MlpLayer {
@@ -20,7 +20,7 @@ struct Mlp {
   int64_t count;  // of layers; only the last one may be without a scale
   MlpLayer layers[kMlpLayers];
   const float* x;  // (N, in)
-  float *y;        // (N, out)
+  float* y;        // (N, out)
   float* packed;   // mlp_packed_floats
   bool squash;     // the first layer reads symlog(x)
 };
@@ -31,5 +31,25 @@ int64_t mlp_workspace(const Mlp& a);  // floats of one thread
 void mlp_pack(const Mlp& a);
 // Rows [begin, end), on weights that are packed.
 void mlp(const Mlp& a, float* workspace, int64_t begin, int64_t end);
+
+// y = x W^T + b where nearly all of x is zero, as in one-hots: the rows of W^T of what is not zero
+// are looked up and added.
+struct SparseLinear {
+  int64_t inputs, outputs;
+  const float *weight, *bias;  // (out, in), (out)
+  const float* x;              // (N, in), row_stride apart
+  int64_t row_stride;
+  float* y;       // (N, out)
+  float* packed;  // sparse_packed_floats
+};
+constexpr int64_t kSparseGroup = 64;  // rows that pass together
+inline int64_t sparse_packed_floats(int64_t inputs, int64_t outputs) {
+  return inputs * ((outputs + 63) / 64 * 64) + 16;
+}
+// Of every row the places and values of what is not zero.
+inline int64_t sparse_workspace(int64_t inputs) { return 2 * kSparseGroup * inputs + 16; }
+
+void sparse_pack(const SparseLinear& a);
+void sparse_linear(const SparseLinear& a, float* workspace, int64_t begin, int64_t end);
 
 }  // namespace fastwm

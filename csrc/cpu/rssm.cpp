@@ -158,7 +158,7 @@ struct Forward {
     for (int64_t s = 0; !first && t > 0 && s < n.groups; ++s) {
       list[count++] = (int32_t)(s * n.classes) + index[b * n.groups + s];
     }
-    add_rows(pre + u, a.weights.stoch_in.bias, stoch_rows, list, count, stoch);
+    add_rows(pre + u, a.weights.stoch_in.bias, stoch_rows, u, list, count, stoch);
     activate(pre, a.weights.deter_in.scale, u, x + b * xw);
     activate(pre + u, a.weights.stoch_in.scale, u, x + b * xw + u);
     if (n.actions == 0) return;
@@ -175,27 +175,6 @@ struct Forward {
     if (factor == 0.0f) return;
 #pragma omp simd
     for (int64_t i = 0; i < u; ++i) y[i] += factor * w[i];
-  }
-
-  // y = init + the listed rows of w, times what `factors` has there; null: as they are.
-  FWM_INLINE void add_rows(float* y, const float* init, const float* w, const int32_t* list,
-                           int64_t count, const float* factors) const {
-    int64_t i = 0;
-    for (; i + kWide <= u; i += kWide) {
-      Wide sum = load4(init + i);
-      for (int64_t k = 0; k < count; ++k) {
-        const float factor = factors == nullptr ? 1.0f : factors[list[k]];
-        sum = sum + factor * load4(w + list[k] * u + i);
-      }
-      store4(y + i, sum);
-    }
-    for (; i < u; ++i) {
-      float sum = init[i];
-      for (int64_t k = 0; k < count; ++k) {
-        sum += (factors == nullptr ? 1.0f : factors[list[k]]) * w[list[k] * u + i];
-      }
-      y[i] = sum;
-    }
   }
 
   // One product per panel: y(:, block * out + column) = init + x_block times the panel.

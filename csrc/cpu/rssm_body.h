@@ -172,6 +172,27 @@ struct Items {
   }
 };
 
+// y = init + the listed rows of w (…, n), times what `factors` has there; null: as they are.
+FWM_INLINE void add_rows(float* y, const float* init, const float* w, int64_t n,
+                         const int32_t* list, int64_t count, const float* factors) {
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    Wide sum = load4(init + i);
+    for (int64_t k = 0; k < count; ++k) {
+      const float factor = factors == nullptr ? 1.0f : factors[list[k]];
+      sum = sum + factor * load4(w + list[k] * n + i);
+    }
+    store4(y + i, sum);
+  }
+  for (; i < n; ++i) {
+    float sum = init[i];
+    for (int64_t k = 0; k < count; ++k) {
+      sum += (factors == nullptr ? 1.0f : factors[list[k]]) * w[list[k] * n + i];
+    }
+    y[i] = sum;
+  }
+}
+
 FWM_INLINE float inverse_root(const float* x, int64_t n) {
   float squares = 0.0f;
   int64_t i = 0;

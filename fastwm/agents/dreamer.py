@@ -223,7 +223,7 @@ class DreamerAgent(DreamerBase):
             "reward": model.world.reward.mlp,
             "cont": model.world.cont.mlp,
         }
-        first = FirstLayers(list(heads.values()))
+        first = FirstLayers(list(heads.values()), one_hots=model.world.rssm.latent_size)
         draws = iter([None] * (horizon + 1) if noise.action is None else noise.action)
         deter, stoch = self.starts(post, last)
         steps: list[tuple[Tensor, ...]] = []

@@ -17,7 +17,15 @@ from fastwm.ops.latent import (
     straight_through,
     straight_through_ref,
 )
-from fastwm.ops.mlp import PackedMLP, mlp, mlp_ref, packed_mlp
+from fastwm.ops.mlp import (
+    PackedMLP,
+    SparseLinear,
+    mlp,
+    mlp_ref,
+    packed_mlp,
+    sparse_linear,
+    sparse_linear_ref,
+)
 from fastwm.ops.norm import rms_silu, rms_silu_ref
 from fastwm.ops.optim import (
     Copies,
@@ -67,6 +75,7 @@ __all__ = [
     "LinearLogits",
     "PackedMLP",
     "RSSMWeights",
+    "SparseLinear",
     "adam_",
     "adam_ref_",
     "available",
@@ -106,6 +115,8 @@ __all__ = [
     "rssm_observe_ref",
     "rssm_prior",
     "rssm_prior_ref",
+    "sparse_linear",
+    "sparse_linear_ref",
     "straight_through",
     "straight_through_ref",
     "symexp",

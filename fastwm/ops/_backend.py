@@ -104,7 +104,7 @@ _load_all()
 CPU_ONLY = {"mlp", "mlp_pack", "pool_conv", "pool_conv_backward", "twohot_mean_linear"}
 CPU_ONLY |= {"image_loss", "image_loss_backward", "upsample_conv2d", "upsample_conv2d_backward"}
 CPU_ONLY |= {"upsample_conv2d_silu", "upsample_conv2d_silu_backward"}
-CPU_ONLY |= {"twohot_linear", "twohot_linear_backward"}
+CPU_ONLY |= {"twohot_linear", "twohot_linear_backward", "sparse_linear", "sparse_linear_pack"}
 
 
 def available(where: torch.Tensor | torch.device | str, op: str | None = None) -> bool:

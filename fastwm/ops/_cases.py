@@ -55,6 +55,13 @@ def lambda_return(batch: int) -> Case:
 
 
 @_case
+def sparse_linear(batch: int) -> Case:
+    x = torch.nn.functional.one_hot(torch.randint(0, 5, (batch, 3)), 5).flatten(1).float()
+    wrt = (0, 1, 2) if batch == 1 else ()  # gradients take the product
+    return Case((x, torch.randn(9, 15), torch.randn(9)), wrt=wrt)
+
+
+@_case
 def twohot_loss(batch: int) -> Case:
     bins = ops.symexp_bins(255)
     return Case((torch.randn(batch, 3, 255), 30 * torch.randn(batch, 3), bins), wrt=(0,))

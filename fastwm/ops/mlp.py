@@ -1,4 +1,5 @@
 """Dense layers in a stack, without gradient, on weights that were packed once: what acting needs.
+And a layer that reads one-hots, which looks its weights up.
 
 A few rows through many small layers cost more in calls than in arithmetic; here all of it is one
 call. This stem has no CUDA file: elsewhere, and where a gradient is wanted, the same layers run one
@@ -14,11 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastwm.ops._backend import available, raw, register_fake, wants_grad
-from fastwm.ops._check import check_dtype, check_same_device, check_shape
+from fastwm.ops._check import check_dim, check_dtype, check_same_device, check_shape
 from fastwm.ops.norm import rms_silu, rms_silu_ref
 from fastwm.ops.twohot import symlog
 
-__all__ = ["PackedMLP", "mlp", "mlp_ref", "packed_mlp"]
+__all__ = [
+    "PackedMLP",
+    "SparseLinear",
+    "mlp",
+    "mlp_ref",
+    "packed_mlp",
+    "sparse_linear",
+    "sparse_linear_ref",
+]
 
 MAX_LAYERS = 16  # more than that run one by one
 
@@ -118,6 +127,83 @@ def packed_mlp(weights: Sequence[Tensor], squash: bool = False) -> PackedMLP | N
     """None where no kernel runs; then `mlp` does it. Raises as `mlp`."""
     _check("packed_mlp", weights, None)
     return PackedMLP(weights, squash) if _fits(weights) else None
+
+
+def _check_sparse(x: Tensor | None, weight: Tensor, bias: Tensor) -> None:
+    who = "sparse_linear"
+    check_dim(who, "weight", weight, "(out, in)", 2)
+    check_shape(who, "bias", bias, "(out,)", weight.shape[:1])
+    tensors = {"weight": weight, "bias": bias}
+    if x is not None:
+        check_shape(who, "x", x, "(..., in)", (*x.shape[:-1], weight.shape[1]))
+        tensors["x"] = x
+    for name, tensor in tensors.items():
+        check_dtype(who, name, tensor)
+    check_same_device(who, **tensors)
+
+
+def sparse_linear_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`sparse_linear` in plain PyTorch."""
+    return F.linear(x, weight, bias)
+
+
+def sparse_linear(
+    x: Tensor,  # (…, in)
+    weight: Tensor,  # (out, in)
+    bias: Tensor,  # (out,)
+) -> Tensor:  # (…, out)
+    """x W^T + b where nearly all of x is zero, as in one-hots: adds up weights that it looks up.
+
+    Exact for any x, but slower than a product where most of it is not zero.
+
+    Args:
+        x: (…, in). weight: (out, in). bias: (out,). float32 for the kernel.
+    Returns:
+        (…, out). Gradient: x, weight, bias, by way of the product.
+    Raises:
+        ValueError: shapes that do not fit. TypeError: types or devices.
+    Equivalent to:
+        F.linear(x, weight, bias)
+    """
+    _check_sparse(x, weight, bias)
+    if not wants_grad(x, weight, bias) and _fits_sparse(weight, bias) and x.dtype == torch.float32:
+        return SparseLinear(weight, bias)(x)
+    return F.linear(x, weight, bias)
+
+
+def _fits_sparse(weight: Tensor, bias: Tensor) -> bool:
+    narrow = weight.dtype == bias.dtype == torch.float32
+    return narrow and available(weight, "sparse_linear") and weight.numel() > 0
+
+
+class SparseLinear:
+    """`sparse_linear` many times with the same weights, which are regrouped once; no gradient.
+
+    It does not see later changes of the weights: make a new one. Where no kernel runs, it is the
+    product.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        _check_sparse(None, weight, bias)
+        self.weight, self.bias = weight.detach(), bias.detach()
+        fits = _fits_sparse(weight, bias) and not torch.is_autocast_enabled(weight.device.type)
+        self.packed = raw.sparse_linear_pack(self.weight) if fits else None
+
+    def __call__(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        y = raw.sparse_linear(x.flatten(0, -2), self.packed, self.bias)
+        return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+
+
+@register_fake("sparse_linear_pack")
+def _(weight):
+    return weight.new_empty(weight.shape[1] * ((weight.shape[0] + 63) // 64 * 64) + 16)
+
+
+@register_fake("sparse_linear")
+def _(x, packed, bias):
+    return x.new_empty(x.shape[0], bias.shape[0])
 
 
 @register_fake("mlp_pack")

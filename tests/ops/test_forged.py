@@ -49,6 +49,9 @@ FREE = {
     ("pool_silu", "x"): "leading",
     ("pool_conv_backward", "x"): ("longer -3", "shorter -2"),  # an edge that pooling drops
     ("rms_silu", "x"): "leading",
+    ("sparse_linear", "x"): "leading",
+    ("sparse_linear", "bias"): ("shorter", "one", "longer", "flat"),  # as many as are padded
+    ("sparse_linear_pack", "weight"): "any",
     ("twohot_mean", "logits"): "leading",
     ("upsample_conv2d", "x"): "leading",
     ("upsample_conv2d_silu", "x"): "leading",
@@ -232,7 +235,7 @@ def raw_ops_of(case: str) -> set[str]:
 @pytest.mark.parametrize("case", CASES)
 def test_a_build_without_one_kernel_does_without_it(case, monkeypatch):
     kernels = _backend._kernels["cpu"]
-    in_one_file_with_another = {"latent_backward", "mlp_pack", "rssm_pack"}
+    in_one_file_with_another = {"latent_backward", "mlp_pack", "rssm_pack", "sparse_linear_pack"}
     for name in raw_ops_of(case) - in_one_file_with_another:
         if not name.endswith("_backward"):
             monkeypatch.setitem(_backend._kernels, "cpu", kernels - {name, f"{name}_backward"})

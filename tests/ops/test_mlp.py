@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from fastwm.ops import available, mlp, mlp_ref, packed_mlp
+from fastwm.ops import (
+    SparseLinear,
+    available,
+    mlp,
+    mlp_ref,
+    packed_mlp,
+    sparse_linear,
+    sparse_linear_ref,
+)
 from fastwm.ops._backend import raw
 
 SIZES = [(7, 5), (1, 1), (33, 16, 47), (24, 64, 64, 64), (640, 64, 64, 64, 6), (3, 130, 33)]
@@ -100,3 +108,60 @@ def test_bad_input(spoil, error, message, variant):
     weights, x = spoil(make((5, 8, 3)), torch.randn(4, 5))
     with pytest.raises(error, match=message):
         mlp(x, weights)
+
+
+# ---- layers of one-hots
+
+LAYERS = [((5,), 3, 4, 7), ((2, 70), 4, 8, 64), ((1,), 1, 1, 1), ((0,), 2, 3, 5),
+          ((130,), 6, 5, 33), ((3, 1), 2, 2, 321)]  # fmt: skip
+
+
+def one_hots(lead, groups, classes):
+    index = torch.randint(0, classes, (*lead, groups))
+    return torch.nn.functional.one_hot(index, classes).flatten(-2).float()
+
+
+@pytest.mark.parametrize("lead, groups, classes, out", LAYERS, ids=str)
+def test_sparse_linear_matches_reference(lead, groups, classes, out, variant, close):
+    weight, bias = torch.randn(out, groups * classes), torch.randn(out)
+    for x in (one_hots(lead, groups, classes), torch.randn(*lead, groups * classes)):
+        expected = sparse_linear_ref(x.double(), weight.double(), bias.double())
+        assert expected.shape == (*lead, out)
+        close(sparse_linear(x, weight, bias), expected)
+        close(SparseLinear(weight, bias)(x), expected)
+
+
+def test_sparse_linear_reads_columns_of_wider_rows(variant, close):
+    """A view of features (N, T, F), as imagination has them, weights that are columns too."""
+    features = torch.cat([torch.randn(9, 4, 30), one_hots((9, 4), 5, 6)], -1)
+    weight, bias = torch.randn(40, 60), torch.randn(40)
+    layer = SparseLinear(weight[:, 30:], bias)
+    for t in range(4):
+        close(layer(features[:, t, 30:]), features[:, t, 30:] @ weight[:, 30:].t() + bias)
+
+
+def test_sparse_linear_lets_not_a_number_through(variant):
+    x = torch.zeros(2, 6)
+    x[1, 3] = float("nan")
+    y = sparse_linear(x, torch.randn(4, 6), torch.zeros(4))
+    assert torch.isfinite(y[0]).all() and torch.isnan(y[1]).all()
+
+
+def test_sparse_linear_has_gradients(variant, close):
+    parts = one_hots((6,), 3, 4), torch.randn(5, 12), torch.randn(5)
+    narrow, wide = ([t.detach().to(d).requires_grad_() for t in parts] for d in (torch.float32,
+                    torch.float64))  # fmt: skip
+    got = torch.autograd.grad(sparse_linear(*narrow).square().sum(), narrow)
+    want = torch.autograd.grad(sparse_linear_ref(*wide).square().sum(), wide)
+    for mine, exact in zip(got, want, strict=True):
+        close(mine, exact)
+
+
+def test_sparse_linear_refuses_what_does_not_fit():
+    weight, bias = torch.randn(4, 6), torch.randn(4)
+    with pytest.raises(ValueError, match=r"sparse_linear: expected x of shape \(..., in\)"):
+        sparse_linear(torch.zeros(2, 5), weight, bias)
+    with pytest.raises(ValueError, match=r"sparse_linear: expected bias of shape \(out,\)"):
+        SparseLinear(weight, bias[:3])
+    with pytest.raises(TypeError, match="sparse_linear: expected x"):
+        sparse_linear(torch.zeros(2, 6).long(), weight, bias)
