@@ -6,7 +6,7 @@
 
 #include "cpu/mlp.h"
 #include "cpu/simd.h"
-#define FWM_SOURCE "cpu/sparse_linear.cpp"
+#define FWM_SOURCE "cpu/mlp_sparse.cpp"
 #include "cpu/each_isa.h"
 
 namespace fastwm {
