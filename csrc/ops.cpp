@@ -34,7 +34,8 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
   m.def("twohot_loss_backward(Tensor grad_loss, Tensor exp_sum, Tensor logits, Tensor bins, "
         "Tensor target, Tensor? second, float weight, float second_weight) -> Tensor");
   m.def("twohot_mean(Tensor logits, Tensor bins) -> Tensor");
-  // the same of logits x W^T + b that are never written; on the CPU only
+  // of logits x W^T + b: their mean, which does not write them; logits and mean; gradients of the
+  // loss for x, kernel and bias, which do not write that of the logits; on the CPU only
   m.def("twohot_mean_linear(Tensor x, Tensor weight, Tensor bias, Tensor bins) -> Tensor");
   m.def("twohot_linear(Tensor x, Tensor weight, Tensor bias, Tensor bins) -> (Tensor, Tensor)");
   m.def("twohot_linear_backward(Tensor grad_loss, Tensor exp_sum, Tensor logits, Tensor bins, "
@@ -70,14 +71,14 @@ STABLE_TORCH_LIBRARY(fastwm, m) {
         "Tensor(e!)[] slow, int[] slow_of, float slow_rate, Tensor(f!)[] low) "
         "-> (Tensor, Tensor)");
   m.def("ema_(Tensor(a!)[] slow, Tensor[] fast, float rate, Tensor? finite) -> ()");
+}
 
+STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
   // gather: windows (B, rows, …) of rings (N, L, …) of any types; `kinds` 0 as stored, else bytes
   // divided by 255 as 1 float32 or 2 bfloat16
   m.def("gather_windows(Tensor[] rings, Tensor ids, int[] offsets, int[] rows, int[] kinds) "
         "-> Tensor[]");
-}
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
   // image: logits and bytes (N, …) -> (N,); on the CPU only
   m.def("image_loss(Tensor logits, Tensor target) -> Tensor");
   m.def("image_loss_backward(Tensor grad_loss, Tensor logits, Tensor target) -> Tensor");
