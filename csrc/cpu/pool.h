@@ -76,13 +76,14 @@ struct PoolConv {
   const uint8_t* bytes;  // (N, H, W, C), each byte / 255 - 1/2
   const float* weight;   // packed by pool_conv_pack; null: no gradient of x is wanted
   int64_t inputs, kernel;
-  int64_t lanes() const { return (inputs + 7) / 8 * 8; }              // C in whole vectors
+  int64_t lanes() const { return (inputs + 3) / 4 * 4; }  // two pixels in whole vectors
+  int64_t width() const { return ((kernel + 1) * lanes() + 7) / 8 * 8; }  // of a square's line
   int64_t taps() const { return (kernel * inputs + 7) / 8 * 8; }      // a row of the kernel in them
   int64_t sums() const { return pool.n.channels * kernel * taps(); }  // of the kernel's gradient
-  int64_t packed() const { return pool.n.channels * 4 * (kernel + 1) * (kernel + 1) * lanes(); }
+  int64_t packed() const { return pool.n.channels * 4 * (kernel + 1) * width(); }
   int64_t scratch() const;
 };
-// weight (C', C, k, k) as (k + 1, C', 4, k + 1, lanes).
+// weight (C', C, k, k) as (k + 1, C', 4, width).
 void pool_conv_pack(const PoolConv& a, const float* weight, float* packed);
 // sums: (C', k, taps) of the kernel, then (2, C') as above; both overwritten. grad_x (N, H, W, C).
 void pool_conv_backward(const PoolConv& a, float* scratch, float* grad_x, float* sums,

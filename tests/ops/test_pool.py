@@ -229,6 +229,18 @@ def test_bad_input_messages(variant):
 
 
 @fused_only
+@pytest.mark.parametrize("h, w", [(1, 4), (4, 1), (0, 3)])
+def test_nothing_to_pool(h, w):
+    _, weight, bias, scale = (t.detach() for t in stage())
+    x = torch.randn(2, h, w, 3)
+    kept = raw.pool_conv(x, weight, bias, scale, 1e-4)
+    assert all(t.shape == (2, h // 2, w // 2, 8) for t in kept)
+    grads = raw.pool_conv_backward(*kept, scale, 1e-4, x, weight, True)
+    for grad, like in zip(grads, (x, weight, bias, scale), strict=True):
+        assert torch.equal(grad, torch.zeros_like(like))
+
+
+@fused_only
 def test_raw_ops_refuse_forged_input():
     x, weight, bias, scale = (t.detach() for t in stage())
     rows = torch.randn(2, 6, 4, 8)
