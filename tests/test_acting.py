@@ -126,6 +126,24 @@ def test_changed_weights_are_packed_again(change, monkeypatch):
         torch.testing.assert_close(got["action"], want["action"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_decisions_are_in_float32_whatever_the_precision(precision):
+    """As `load_policy` makes them; on a CPU on packed weights."""
+    found = []
+    for setting in ("fp32", precision):
+        settings = config.resolve("dreamerv3", ["debug"], {"precision": setting})[0]
+        agent = DreamerAgent(OBS["vector"], ACT["discrete"], settings, seed=3)
+        rng, state, steps = np.random.default_rng(0), agent.initial_state(COUNT), []
+        for step in range(4):
+            rows = {key: value.numpy() for key, value in observe("vector", rng).items()}
+            rows["is_first"] = np.full(COUNT, step == 0)
+            action, state, _ = agent.act(rows, state)
+            steps += [torch.from_numpy(action), *state.values()]
+        found.append(steps)
+    assert agent.precision == precision
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_low_precision_and_references_take_the_layers_themselves():
     policy = make()
     with torch.autocast("cpu", torch.bfloat16):

@@ -224,9 +224,8 @@ def test_the_agent_of_2023_acts_alike():
 
 
 @pytest.mark.parametrize("obs, act", [(BOTH, DISCRETE), (COUNTED, MULTI), (PROPRIO, CONTINUOUS)])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_decision_never_waits_for_the_device(obs, act, precision):
-    agent = graph(DreamerAgent(obs, act, tiny_config(precision=precision), seed=3))
+def test_a_decision_never_waits_for_the_device(obs, act):
+    agent = graph(DreamerAgent(obs, act, tiny_config(), seed=3))
     rows = {k: torch.from_numpy(v) for k, v in rows_of(agent, np.random.default_rng(0)).items()}
     parcel, acting = Parcel(rows, torch.device("cpu")), agent.acting
     parcel.fill(rows)
