@@ -110,6 +110,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastwm, m) {
   // sparse_linear: x (N, in) nearly all zero; packed is the weight (out, in), regrouped
   m.def("sparse_linear_pack(Tensor weight) -> Tensor");
   m.def("sparse_linear(Tensor x, Tensor packed, Tensor bias) -> Tensor");
+  m.def("sparse_linear_backward(Tensor grad_y, Tensor x) -> Tensor");  // of the weight
 
   // rssm: the loop of the posterior sequence; see csrc/rssm_args.h for what the lists hold.
   // `low`: the products in bfloat16, on CUDA only

@@ -121,6 +121,36 @@ Tensor sparse_linear_cpu(Tensor x, Tensor packed, Tensor bias) {
   return y;
 }
 
+Tensor sparse_linear_backward_cpu(Tensor grad_y, Tensor x) {
+  constexpr const char* op = "sparse_linear_backward";
+  const Tensor grad = float_arg(op, "grad_y", grad_y, grad_y, "(N, out)", {-1, -1});
+  const int64_t rows = grad.size(0), outputs = grad.size(1);
+  check_float(op, "x", x, grad_y, "(N, in)", {rows, -1});
+  const int64_t inputs = x.size(1);
+  const Tensor input = rows < 2 || x.stride(1) != 1 ? dense(x) : x;
+  const SparseLinearGrad args{inputs, outputs, ptr(input), ptr(grad), input.stride(0)};
+  // Ranges that do not depend on the number of threads, added in order.
+  const int64_t range = std::max<int64_t>(kSparseGroup, (rows + 15) / 16);
+  const int64_t ranges = std::max<int64_t>(1, (rows + range - 1) / range);
+  const int64_t floats = sparse_packed_floats(inputs, outputs), space = sparse_workspace(inputs);
+  Tensor parts = allocate(x, {ranges, floats + space});
+  float* memory = mutable_ptr(parts);
+  parallel(ranges, range * outputs, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* part = memory + i * (floats + space);
+      std::fill(part, part + floats, 0.0f);
+      sparse_backward(args, part + floats, part, i * range, std::min(rows, (i + 1) * range));
+    }
+  });
+  for (int64_t i = 1; i < ranges; ++i) {
+    const float* part = memory + i * (floats + space);
+    for (int64_t k = 0; k < floats; ++k) memory[k] += part[k];
+  }
+  Tensor grad_weight = allocate(x, {outputs, inputs});
+  sparse_unpack(memory, inputs, outputs, mutable_ptr(grad_weight));
+  return grad_weight;
+}
+
 }  // namespace
 }  // namespace fastwm
 
@@ -129,4 +159,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastwm, CPU, m) {
   m.impl("mlp", TORCH_BOX(&fastwm::mlp_cpu));
   m.impl("sparse_linear_pack", TORCH_BOX(&fastwm::sparse_linear_pack_cpu));
   m.impl("sparse_linear", TORCH_BOX(&fastwm::sparse_linear_cpu));
+  m.impl("sparse_linear_backward", TORCH_BOX(&fastwm::sparse_linear_backward_cpu));
 }

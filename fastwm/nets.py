@@ -46,6 +46,8 @@ class Linear(nn.Module):
 class NormLinear(Linear):
     """silu(rmsnorm(Linear(x)))."""
 
+    one_hots = 0  # how many of the inputs, the last ones, are of one-hots; see FirstLayers
+
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.scale = nn.Parameter(torch.ones(out_features))
@@ -59,7 +61,7 @@ class NormLinear(Linear):
 
     def recall(self, product: Tensor, x: Tensor) -> Tensor:  # (..., out), (..., in) -> (..., out)
         """The layer whose product is known from a pass without gradient; none reaches x."""
-        return self.finish(_KnownProduct.apply(product, x, self.weight, self.bias))
+        return self.finish(_KnownProduct.apply(product, x, self.weight, self.bias, self.one_hots))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weight, self.bias, self.scale
@@ -69,8 +71,9 @@ class _KnownProduct(torch.autograd.Function):
     """x W^T + b that was computed before: costs nothing forward, gives W and b their gradients."""
 
     @staticmethod
-    def forward(ctx, product, x, weight, bias):
+    def forward(ctx, product, x, weight, bias, one_hots):
         ctx.save_for_backward(x)
+        ctx.one_hots = one_hots
         return product.view_as(product)
 
     @staticmethod
@@ -78,7 +81,8 @@ class _KnownProduct(torch.autograd.Function):
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
         rows, inputs = grad.flatten(0, -2), x.flatten(0, -2).to(grad.dtype)
-        return None, None, (rows.t() @ inputs).float(), rows.sum(0, dtype=torch.float32)
+        weight = ops.sparse_weight_grad(rows, inputs, ctx.one_hots)
+        return None, None, weight.float(), rows.sum(0, dtype=torch.float32), None
 
 
 class WeightWatch:
@@ -107,19 +111,20 @@ class WeightWatch:
 class FirstLayers:
     """The first layers of several MLPs that read the same features, as one product.
 
-    one_hots: how many of the features, the last ones, are of one-hots: these are looked up.
+    Features of one-hots (NormLinear.one_hots) are looked up.
     Use under `torch.no_grad()` while the weights stay as they are.
     """
 
-    def __init__(self, mlps: Sequence[MLP], one_hots: int = 0) -> None:
+    def __init__(self, mlps: Sequence[MLP]) -> None:
         layers = [mlp[0] for mlp in mlps]
         self.sizes = [layer.bias.shape[0] for layer in layers]
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = torch.cat([layer.bias for layer in layers])
-        self.dense = weight.shape[1] - one_hots
-        self.weight, self.bias, self.lookup = weight, bias, None
+        self.weight = torch.cat([layer.weight for layer in layers])
+        self.bias = torch.cat([layer.bias for layer in layers])
+        one_hots = min(layer.one_hots for layer in layers)
+        self.dense = self.weight.shape[1] - one_hots
+        self.lookup = None
         if one_hots:
-            lookup = ops.SparseLinear(weight[:, self.dense :], bias)
+            lookup = ops.SparseLinear(self.weight[:, self.dense :], self.bias)
             self.lookup = None if lookup.packed is None else lookup
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in) -> one (N, units) per MLP

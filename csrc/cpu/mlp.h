@@ -47,9 +47,20 @@ inline int64_t sparse_packed_floats(int64_t inputs, int64_t outputs) {
   return inputs * ((outputs + 63) / 64 * 64) + 16;
 }
 // Of every row the places and values of what is not zero.
-inline int64_t sparse_workspace(int64_t inputs) { return 2 * kSparseGroup * inputs + 16; }
+inline int64_t sparse_workspace(int64_t inputs) { return 2 * (kSparseGroup + 1) * inputs + 16; }
 
 void sparse_pack(const SparseLinear& a);
 void sparse_linear(const SparseLinear& a, float* workspace, int64_t begin, int64_t end);
+
+// The gradient of the weight, (out, in): sums of rows of grad_y, which go where x is not zero.
+struct SparseLinearGrad {
+  int64_t inputs, outputs;
+  const float *x, *grad_y;  // (N, in), row_stride apart; (N, out)
+  int64_t row_stride;
+};
+// Adds the rows' part to `sums` (sparse_packed_floats), which sparse_unpack turns.
+void sparse_backward(const SparseLinearGrad& a, float* workspace, float* sums, int64_t begin,
+                     int64_t end);
+void sparse_unpack(const float* sums, int64_t inputs, int64_t outputs, float* grad_weight);
 
 }  // namespace fastwm

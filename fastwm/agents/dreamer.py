@@ -75,6 +75,9 @@ class DreamerModel(nn.Module):
         self.actor = Actor(size, act_space, **asdict(config.actor))
         self.critic = Critic(size, **critic)
         self.return_norm = ReturnNorm(**asdict(config.retnorm))
+        heads = self.world.reward, self.world.cont, self.actor, self.critic.net, self.critic.slow
+        for head in heads:  # their features end with the latents
+            head.mlp[0].one_hots = self.world.rssm.latent_size
         wanted = config.expl.behavior == "plan2explore"
         self.explorer = Explorer(self.world.rssm, act_space, config) if wanted else None
 
@@ -223,7 +226,7 @@ class DreamerAgent(DreamerBase):
             "reward": model.world.reward.mlp,
             "cont": model.world.cont.mlp,
         }
-        first = FirstLayers(list(heads.values()), one_hots=model.world.rssm.latent_size)
+        first = FirstLayers(list(heads.values()))
         draws = iter([None] * (horizon + 1) if noise.action is None else noise.action)
         deter, stoch = self.starts(post, last)
         steps: list[tuple[Tensor, ...]] = []

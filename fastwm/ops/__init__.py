@@ -25,6 +25,7 @@ from fastwm.ops.mlp import (
     packed_mlp,
     sparse_linear,
     sparse_linear_ref,
+    sparse_weight_grad,
 )
 from fastwm.ops.norm import rms_silu, rms_silu_ref
 from fastwm.ops.optim import (
@@ -117,6 +118,7 @@ __all__ = [
     "rssm_prior_ref",
     "sparse_linear",
     "sparse_linear_ref",
+    "sparse_weight_grad",
     "straight_through",
     "straight_through_ref",
     "symexp",

@@ -105,6 +105,7 @@ CPU_ONLY = {"mlp", "mlp_pack", "pool_conv", "pool_conv_backward", "twohot_mean_l
 CPU_ONLY |= {"image_loss", "image_loss_backward", "upsample_conv2d", "upsample_conv2d_backward"}
 CPU_ONLY |= {"upsample_conv2d_silu", "upsample_conv2d_silu_backward"}
 CPU_ONLY |= {"twohot_linear", "twohot_linear_backward", "sparse_linear", "sparse_linear_pack"}
+CPU_ONLY |= {"sparse_linear_backward"}
 
 
 def available(where: torch.Tensor | torch.device | str, op: str | None = None) -> bool:

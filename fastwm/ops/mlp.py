@@ -27,9 +27,11 @@ __all__ = [
     "packed_mlp",
     "sparse_linear",
     "sparse_linear_ref",
+    "sparse_weight_grad",
 ]
 
 MAX_LAYERS = 16  # more than that run one by one
+SPARSE_INPUTS = 256  # of fewer one-hots a product makes the gradient of the weight sooner
 
 
 def _check(op: str, weights: Sequence[Tensor], x: Tensor | None) -> None:
@@ -159,21 +161,40 @@ def sparse_linear(
     Args:
         x: (…, in). weight: (out, in). bias: (out,). float32 for the kernel.
     Returns:
-        (…, out). Gradient: x, weight, bias, by way of the product.
+        (…, out). Gradient: x, weight, bias; that of the weight is added up row by row as well.
     Raises:
         ValueError: shapes that do not fit. TypeError: types or devices.
     Equivalent to:
         F.linear(x, weight, bias)
     """
     _check_sparse(x, weight, bias)
-    if not wants_grad(x, weight, bias) and _fits_sparse(weight, bias) and x.dtype == torch.float32:
-        return SparseLinear(weight, bias)(x)
-    return F.linear(x, weight, bias)
+    if x.dtype != torch.float32 or not _fits_sparse(weight, bias):
+        return F.linear(x, weight, bias)
+    if wants_grad(x, weight, bias):
+        return _SparseLinear.apply(x, weight, bias)
+    return SparseLinear(weight, bias)(x)
 
 
 def _fits_sparse(weight: Tensor, bias: Tensor) -> bool:
     narrow = weight.dtype == bias.dtype == torch.float32
-    return narrow and available(weight, "sparse_linear") and weight.numel() > 0
+    kernels = available(weight, "sparse_linear") and available(weight, "sparse_linear_backward")
+    return narrow and kernels and weight.numel() > 0
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return SparseLinear(weight, bias)(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        x, weight = ctx.saved_tensors
+        rows = grad_y.flatten(0, -2) if grad_y.dim() > 1 else grad_y.unsqueeze(0)
+        grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = raw.sparse_linear_backward(rows, x.reshape(len(rows), x.shape[-1]))
+        return grad_x, grad_weight, rows.sum(0)
 
 
 class SparseLinear:
@@ -192,8 +213,33 @@ class SparseLinear:
     def __call__(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
-        y = raw.sparse_linear(x.flatten(0, -2), self.packed, self.bias)
-        return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y = raw.sparse_linear(rows, self.packed, self.bias)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def sparse_weight_grad(
+    grad_y: Tensor,  # (N, out)
+    x: Tensor,  # (N, in)
+    one_hots: int,
+) -> Tensor:  # (out, in)
+    """grad_y^T x, where nearly all of the last `one_hots` columns of x is zero.
+
+    These are added up row by row where that is faster than a product. No gradient.
+    """
+    fits = grad_y.dtype == x.dtype == torch.float32 and one_hots >= SPARSE_INPUTS
+    if not fits or not available(x, "sparse_linear_backward"):
+        return grad_y.t() @ x
+    dense = x.shape[1] - one_hots
+    grad = x.new_empty(grad_y.shape[1], x.shape[1])
+    torch.mm(grad_y.t(), x[:, :dense], out=grad[:, :dense])
+    grad[:, dense:] = raw.sparse_linear_backward(grad_y, x[:, dense:])
+    return grad
+
+
+@register_fake("sparse_linear_backward")
+def _(grad_y, x):
+    return x.new_empty(grad_y.shape[1], x.shape[1])
 
 
 @register_fake("sparse_linear_pack")

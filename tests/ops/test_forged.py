@@ -52,6 +52,8 @@ FREE = {
     ("sparse_linear", "x"): "leading",
     ("sparse_linear", "bias"): ("shorter", "one", "longer", "flat"),  # as many as are padded
     ("sparse_linear_pack", "weight"): "any",
+    ("sparse_linear_backward", "grad_y"): ("shorter -1", "empty -1", "one -1", "longer -1"),
+    ("sparse_linear_backward", "x"): ("shorter -1", "empty -1", "one -1", "longer -1"),
     ("twohot_mean", "logits"): "leading",
     ("upsample_conv2d", "x"): "leading",
     ("upsample_conv2d_silu", "x"): "leading",

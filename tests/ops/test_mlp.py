@@ -11,6 +11,7 @@ from fastwm.ops import (
     packed_mlp,
     sparse_linear,
     sparse_linear_ref,
+    sparse_weight_grad,
 )
 from fastwm.ops._backend import raw
 
@@ -112,7 +113,7 @@ def test_bad_input(spoil, error, message, variant):
 
 # ---- layers of one-hots
 
-LAYERS = [((5,), 3, 4, 7), ((2, 70), 4, 8, 64), ((1,), 1, 1, 1), ((0,), 2, 3, 5),
+LAYERS = [((5,), 3, 4, 7), ((), 2, 3, 5), ((2, 70), 4, 8, 64), ((1,), 1, 1, 1), ((0,), 2, 3, 5),
           ((130,), 6, 5, 33), ((3, 1), 2, 2, 321)]  # fmt: skip
 
 
@@ -147,14 +148,29 @@ def test_sparse_linear_lets_not_a_number_through(variant):
     assert torch.isfinite(y[0]).all() and torch.isnan(y[1]).all()
 
 
-def test_sparse_linear_has_gradients(variant, close):
-    parts = one_hots((6,), 3, 4), torch.randn(5, 12), torch.randn(5)
+@pytest.mark.parametrize("lead, groups, classes, out", LAYERS, ids=str)
+def test_sparse_linear_has_gradients(lead, groups, classes, out, variant, close):
+    width = groups * classes
+    parts = one_hots(lead, groups, classes), torch.randn(out, width), torch.randn(out)
     narrow, wide = ([t.detach().to(d).requires_grad_() for t in parts] for d in (torch.float32,
                     torch.float64))  # fmt: skip
     got = torch.autograd.grad(sparse_linear(*narrow).square().sum(), narrow)
     want = torch.autograd.grad(sparse_linear_ref(*wide).square().sum(), wide)
     for mine, exact in zip(got, want, strict=True):
         close(mine, exact)
+
+
+@pytest.mark.parametrize("groups, classes", [(3, 4), (32, 16)])
+def test_gradient_of_a_weight_that_reads_one_hots(groups, classes, variant, close):
+    x = torch.cat([torch.randn(150, 20), one_hots((150,), groups, classes)], 1)
+    grad = torch.randn(150, 33)
+    found = [sparse_weight_grad(grad, x, groups * classes)]
+    kept = torch.get_num_threads()
+    torch.set_num_threads(3 - min(kept, 2))  # the same sums on one thread and on two
+    found.append(sparse_weight_grad(grad, x, groups * classes))
+    torch.set_num_threads(kept)
+    assert torch.equal(found[0][:, 20:], found[1][:, 20:]) or variant == "reference"
+    close(found[0], grad.double().t() @ x.double())
 
 
 def test_sparse_linear_refuses_what_does_not_fit():
