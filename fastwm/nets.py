@@ -437,4 +437,5 @@ class Decoder(nn.Module):
         x = x.float().permute(0, 2, 3, 1)
         x = x.reshape(*lead, *x.shape[1:])
         sizes = [self.space[key].shape[2] for key in self.image_keys]
-        return dict(zip(self.image_keys, x.split(sizes, -1), strict=True))
+        images = x.split(sizes, -1) if len(sizes) > 1 else [x]  # the gradient of a split is a copy
+        return dict(zip(self.image_keys, images, strict=True))
