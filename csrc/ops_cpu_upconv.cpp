@@ -65,8 +65,8 @@ std::tuple<Tensor, Tensor> upsample_conv2d_silu_cpu(Tensor x, Tensor weight, Ten
   const Tensor offset = float_arg(op, "bias", bias, x, "(C',)", {n.outputs});
   const Tensor gain = float_arg(op, "scale", scale, x, "(C',)", {n.outputs});
   Tensor z = allocate(x, {x.size(0), 2 * n.height, 2 * n.width, n.outputs});
-  Tensor y = save ? allocate(x, {x.size(0), 2 * n.height, 2 * n.width, n.outputs})
-                  : allocate(x, {0});
+  Tensor y =
+      save ? allocate(x, {x.size(0), 2 * n.height, 2 * n.width, n.outputs}) : allocate(x, {0});
   forward(n, x, weight, ptr(offset), {ptr(gain), static_cast<float>(eps)}, y, z);
   return {z, y};
 }
@@ -87,8 +87,8 @@ Gradients backward(UpconvGrad args, int64_t images, const Tensor& weight, bool w
   const Ranges ranges = ranges_of(n, images);
   const bool sums_wanted = args.want_weight || args.y;
   const int64_t size = sums_wanted ? n.sums() : 0, room = n.scratch();
-  Tensor grad_x = want_x ? allocate(weight, {images, n.height, n.width, n.inputs})
-                         : allocate(weight, {0});
+  Tensor grad_x =
+      want_x ? allocate(weight, {images, n.height, n.width, n.inputs}) : allocate(weight, {0});
   Tensor sums = allocate(weight, {ranges.count, size});
   Tensor scratch = allocate(weight, {ranges.count, room});
   float *out = mutable_ptr(grad_x), *parts = mutable_ptr(sums), *memory = mutable_ptr(scratch);

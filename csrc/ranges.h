@@ -1,5 +1,6 @@
-// Sums over images that do not depend on the number of threads: the images are cut into ranges, each
-// with sums of its own, and those are added in order. Two runs are equal bit by bit on any machine.
+// Sums over images that do not depend on the number of threads: the images are cut into ranges,
+// each with sums of its own, and those are added in order. Two runs are equal bit by bit on any
+// machine.
 #pragma once
 
 #include "tensor.h"

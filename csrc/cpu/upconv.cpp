@@ -1,8 +1,8 @@
 // The decoder's upsampling convolution by Winograd's F(2x2, 3x3); see upconv.h. A few rows of tiles
 // at a time go through all steps while they are in cache: the small image is transformed,
 // each frequency is one product of (tiles, C) and (C, lanes), and the products are transformed back
-// into the rows of the large image, which a norm follows while they are there. Channels and phases lie
-// in SIMD lanes all the way.
+// into the rows of the large image, which a norm follows while they are there. Channels and phases
+// lie in SIMD lanes all the way.
 //
 // Rows of scratch lie one after the other and are written in order by whole vectors: what a vector
 // spills behind its row is overwritten by the next one, and behind the last row there is room.
@@ -136,8 +136,8 @@ FWM_INLINE int64_t column_of(int64_t run, int64_t r) {
   return run < kVec ? 0 : r + kVec < run ? r : run - kVec;
 }
 
-// How many tiles of a row can be read and written by whole vectors: all pixels lie in the image, and
-// what a vector holds behind its run belongs to the pixels right of it.
+// How many tiles of a row can be read and written by whole vectors: all pixels lie in the image,
+// and what a vector holds behind its run belongs to the pixels right of it.
 FWM_INLINE int64_t whole_tiles(const UpconvSizes& n, int64_t row) {
   if (2 * row + 1 >= n.height) return 0;
   const int64_t beside = (kVec - 1) / n.run();  // pixels that a vector touches behind its own
@@ -145,8 +145,8 @@ FWM_INLINE int64_t whole_tiles(const UpconvSizes& n, int64_t row) {
   return tiles < 0 ? 0 : tiles;
 }
 
-// Products of one vector of lanes become the results of 2x2 pixels. `shared`: at the second frequency
-// along the rows.
+// Products of one vector of lanes become the results of 2x2 pixels. `shared`: at the second
+// frequency along the rows.
 FWM_INLINE void transform_products(const float* from, const float* shared, int64_t stride,
                                    Vec (&y)[4]) {
   Vec upper[4], lower[4];
@@ -281,7 +281,8 @@ void gather_columns(const UpconvSizes& n, const Lines& to, const Plane& values, 
 
 // And of transform_rows: lines into the rows of grad_x, an image. `carry` goes from a row of tiles
 // to the next one.
-void gather_rows(const UpconvSizes& n, const Lines& from, int64_t row, float* carry, float* grad_x) {
+void gather_rows(const UpconvSizes& n, const Lines& from, int64_t row, float* carry,
+                 float* grad_x) {
   const float *l0 = from.line(0), *l1 = from.line(1), *l2 = from.line(2), *l3 = from.line(3);
   float* upper = grad_x + 2 * row * from.inner;
   float* lower = upper + from.inner;
@@ -310,11 +311,11 @@ void normalise(const UpconvNorm& norm, int64_t channels, const float* y, int64_t
 
 // Adds to grad_scale.
 void normalise_backward(const UpconvNorm& norm, int64_t channels, const float* y,
-                        const float* grad_z, int64_t pixels, float* grad_y, float* grad_scale) {
-#define FWM_FORM(width)                                                                  \
+                        const float* grad_z, int64_t pixels, float* grad_y, float* grad_scale){
+#define FWM_FORM(width)                                                                    \
   rms_silu_rows_backward<width>(y, norm.scale, grad_z, channels, norm.eps, pixels, grad_y, \
                                 grad_scale)
-  FWM_FOR_WIDTH(channels, FWM_FORM)
+    FWM_FOR_WIDTH(channels, FWM_FORM)
 #undef FWM_FORM
 }
 
@@ -394,7 +395,8 @@ void upconv_backward(const UpconvGrad& a, float* scratch, float* grad_x, float* 
     if (!a.turned) continue;
     for (int64_t f = 0; f < kFrequencies; ++f) {
       const Factor g{products.at(f), n.lanes(f), 1};
-      multiply(g, n.lanes(f), a.turned + f * turn, n.inputs, nullptr, grads.at(f), grads.row, tiles);
+      multiply(g, n.lanes(f), a.turned + f * turn, n.inputs, nullptr, grads.at(f), grads.row,
+               tiles);
     }
     for (int64_t q = 0; q < rows; ++q) {
       const int64_t image = (first + q) / n.down(), row = (first + q) % n.down();

@@ -1,10 +1,10 @@
-// Nearest-neighbour upsampling by two, a 5x5 convolution and perhaps RMSNorm and SiLU after it: plain pointers and sizes, see
-// kernels.h. Images lie (H, W, C).
+// Nearest-neighbour upsampling by two, a 5x5 convolution and perhaps RMSNorm and SiLU after it:
+// plain pointers and sizes, see kernels.h. Images lie (H, W, C).
 //
-// Each output phase (row parity a, column parity b) is a 3x3 convolution of the small image. Tiles of
-// 2x2 input pixels, all phases of which need 4x4 input pixels, go through Winograd's F(2x2, 3x3):
-// sixteen products per tile, kernel and channel instead of 36 for each phase. Along the rows the
-// second of four frequencies is the same for both parities, and is multiplied once.
+// Each output phase (row parity a, column parity b) is a 3x3 convolution of the small image. Tiles
+// of 2x2 input pixels, all phases of which need 4x4 input pixels, go through Winograd's F(2x2,
+// 3x3): sixteen products per tile, kernel and channel instead of 36 for each phase. Along the rows
+// the second of four frequencies is the same for both parities, and is multiplied once.
 #pragma once
 
 #include <stdint.h>
@@ -31,8 +31,9 @@ struct UpconvSizes {
   // Rows of tiles that take all steps together: few enough for L1, enough to fill registers.
   int64_t rows() const { return across() < 32 ? 32 / across() : 1; }
   int64_t tiles() const { return rows() * across(); }
-  // Floats, whatever the instruction set: kernel and bias as the forward pass reads them, the kernel
-  // as the gradient of x does; gradients of kernel, bias and scale; and what a thread works in.
+  // Floats, whatever the instruction set: kernel and bias as the forward pass reads them, the
+  // kernel as the gradient of x does; gradients of kernel, bias and scale; and what a thread works
+  // in.
   int64_t packed() const { return (kFrequencies * inputs + 1) * whole(4 * outputs); }
   int64_t turned() const { return kFrequencies * 4 * outputs * whole(inputs); }
   int64_t sums() const { return packed() + outputs; }
@@ -67,8 +68,8 @@ struct UpconvGrad {
   UpconvSizes n;
 };
 void upconv_turn(const UpconvSizes& n, const float* weight, float* turned);
-// sums is overwritten with what images [begin, end) give; upconv_fold makes gradients of it. The last
-// C' of sums are the gradient of scale.
+// sums is overwritten with what images [begin, end) give; upconv_fold makes gradients of it. The
+// last C' of sums are the gradient of scale.
 void upconv_backward(const UpconvGrad& a, float* scratch, float* grad_x, float* sums, int64_t begin,
                      int64_t end);
 void upconv_fold(const UpconvSizes& n, const float* sums, float* grad_weight, float* grad_bias);

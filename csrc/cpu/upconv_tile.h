@@ -1,6 +1,6 @@
 // Products whose sums stay in registers, for upconv.cpp. Included once per instruction set inside
-// its namespace, after vec.h. Results lie in SIMD lanes, in panels of two vectors and perhaps a last
-// one of a single vector.
+// its namespace, after vec.h. Results lie in SIMD lanes, in panels of two vectors and perhaps a
+// last one of a single vector.
 
 constexpr int64_t kPanel = 2 * kVec;
 constexpr int kRows = kVec == 4 ? 4 : kVec == 8 ? 6 : 12;  // of results with two vectors each
@@ -53,11 +53,11 @@ void tiles(Factor x, int64_t depth, const float* panel, int64_t panel_row, const
   for (int64_t pieces = (rows + kMost - 1) / kMost; pieces > 0; --pieces) {
     const int64_t count = (rows + pieces - 1) / pieces;
     switch (count) {
-#define FWM_ROW_COUNT(n)                                                                 \
-  case n:                                                                                \
-    if constexpr (n <= kMost) {                                                          \
-      tile<n, kVectors, kAdd>(x, depth, panel, panel_row, init, y, y_row);               \
-    }                                                                                    \
+#define FWM_ROW_COUNT(n)                                                   \
+  case n:                                                                  \
+    if constexpr (n <= kMost) {                                            \
+      tile<n, kVectors, kAdd>(x, depth, panel, panel_row, init, y, y_row); \
+    }                                                                      \
     break;
       FWM_ROW_COUNT(1)
       FWM_ROW_COUNT(2)
