@@ -24,9 +24,9 @@ namespace {
 
 constexpr int64_t kPanel = 2 * kVec;
 constexpr int kRows = FWM_ROWS;
-constexpr int64_t kChunk = 64;           // rows that share one pass over a panel
-constexpr int64_t kSlice = 192;          // depth of a panel that one pass covers: 24 KB at most
-constexpr int64_t kAhead = 16 * kPanel;  // how far ahead weights are asked for
+constexpr int64_t kChunk = 64;               // rows that share one pass over a panel
+constexpr int64_t kSlice = 192;              // depth of a panel that one pass covers: 24 KB at most
+constexpr int64_t kAhead = kSlice * kPanel;  // weights are asked for one slice ahead
 constexpr float kEps = 1e-4f;
 
 FWM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
