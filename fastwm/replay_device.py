@@ -85,6 +85,10 @@ class DeviceRings:
             ring.flatten(0, 1).index_copy_(0, slots, row)
         self.count[envs] += 1
 
+    def add_whole(self, rows: Any) -> bool:
+        """Whether the rows were stored without a look at each: not here."""
+        return False
+
     def _parcel(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors on the device; those from the host travel in one copy."""
         host = [t for t in tensors if t.device.type == "cpu"]

@@ -49,7 +49,10 @@ class HostRings:
             else:
                 key.ring = replay_io.map_ring(directory, key.name, shape, key.numpy)
             if native is not None:
-                native.add_key(key.ring.ctypes.data, key.record, key.first, key.rows)
+                native.add_key(
+                    key.ring.ctypes.data, key.record, key.first, key.rows,
+                    key.name, key.numpy, key.shape, key.plain,
+                )  # fmt: skip
 
     def check(self, key: Key, value: Any, lead: tuple[int, ...], letters: str) -> np.ndarray:
         return key.check(value, lead, letters)
@@ -69,6 +72,13 @@ class HostRings:
         for key, array in zip(self.keys.values(), rows, strict=True):
             key.ring[index, slots] = array
         self.count[where] += 1
+
+    def add_whole(self, rows: Any) -> bool:
+        """`add` for all envs of rows that are in their stored form already, checked on the way.
+
+        False where they are not, or where nothing is compiled: nothing was written then.
+        """
+        return self.native is not None and self.native.add_whole(rows, self.everyone)
 
     def fill(self, key: Key, env: int, start: int, rows: np.ndarray) -> None:
         """Rows (M, *shape) of one env into the slots from `start` on."""

@@ -30,6 +30,7 @@ class Key:
         self.name, self.shape, self.dtype = name, shape, dtype
         self.numpy = np.dtype(_NUMPY[dtype])
         self.torch = getattr(torch, dtype)
+        self.plain = dtype != "bfloat16"  # numpy has no type for its bits
         self.record = prod(shape) * self.numpy.itemsize  # bytes per row
         self.ring: Any = np.empty(0)  # a tensor where the rings lie on a device
         # the action of row t - 1 led to row t: shifting is only a matter of where the copy starts
@@ -43,8 +44,8 @@ class Key:
 
     def check(self, value: Any, lead: tuple[int, ...], letters: str) -> np.ndarray:
         """`value` as a contiguous array (*lead, *shape) in the stored type; raises otherwise."""
-        # What comes with every step of every run; numpy has no type for the bits of bfloat16.
-        if type(value) is np.ndarray and value.dtype == self.numpy and self.dtype != "bfloat16":
+        # What comes with every step of every run.
+        if type(value) is np.ndarray and value.dtype == self.numpy and self.plain:
             if value.shape == (*lead, *self.shape):
                 return np.ascontiguousarray(value)
         value = self._expect(value, lead, letters)

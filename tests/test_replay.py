@@ -274,6 +274,69 @@ def test_native_equals_numpy(monkeypatch):
         assert np.array_equal(native.keys[name].ring, key.ring), name
 
 
+PLAIN = {
+    "vector": ((3,), "float32"), "wide": ((2, 5), "uint8"), "action": ((), "int32"),
+    "reward": ((), "float32"), "is_first": ((), "bool"), "is_last": ((), "bool"),
+    "is_terminal": ((), "bool"),
+}  # fmt: skip
+
+
+def plain_rows(rng, num_envs=3):
+    shapes = {name: ((num_envs, *shape), dtype) for name, (shape, dtype) in PLAIN.items()}
+    return {name: rng.integers(0, 2, s).astype(dtype) for name, (s, dtype) in shapes.items()}
+
+
+@pytest.mark.parametrize("num_envs", [3, 7000])  # the GIL is kept, and given back
+def test_rows_in_their_stored_form_go_in_by_one_call(monkeypatch, num_envs):
+    choose(monkeypatch, "native")
+    native = Replay(PLAIN, num_envs, num_envs * 7, 4)
+    monkeypatch.setattr(replay_module, "_replay", None)
+    plain = Replay(PLAIN, num_envs, num_envs * 7, 4)
+    rng = np.random.default_rng(0)
+    for _ in range(16):
+        rows = plain_rows(rng, num_envs)
+        assert native.rings.add_whole(rows) and not plain.rings.add_whole(rows)
+        plain.add(rows)
+    assert np.array_equal(native._count, plain._count) and native._count[0] == 16
+    for name, key in plain.keys.items():
+        assert np.array_equal(native.keys[name].ring, key.ring), name
+
+
+def test_rows_in_another_form_are_converted_or_refused(monkeypatch):
+    choose(monkeypatch, "native")
+    replay = Replay(PLAIN, 3, 60, 4)
+    rng = np.random.default_rng(1)
+
+    def stored(**other):
+        rows = plain_rows(rng)
+        assert not replay.rings.add_whole(rows | other) and not replay._count.any()
+        replay.add(rows | other)
+        found = {name: key.ring[:, 0].copy() for name, key in replay.keys.items()}
+        replay._count[:] = 0
+        for name, value in (rows | other).items():
+            assert np.array_equal(found[name], np.asarray(value)), name
+
+    turned = np.asfortranarray(rng.integers(0, 9, (3, 2, 5)).astype(np.uint8))
+    stored(wide=turned)
+    stored(wide=turned[:, :, ::-1])
+    stored(vector=torch.ones(3, 3))
+    stored(action=np.array([0, 1, 1], np.int64))
+    for error, match, other in [
+        (ValueError, "unknown", {"more": np.zeros(3)}),
+        (ValueError, "of shape", {"vector": np.zeros((2, 3), np.float32)}),
+        (ValueError, "of shape", {"vector": np.zeros((3, 4), np.float32)}),
+        (ValueError, "of shape", {"reward": np.zeros((3, 1), np.float32)}),
+        (TypeError, "as float32, got float64", {"reward": np.zeros(3)}),
+        (TypeError, "as float32, got >f4", {"reward": np.zeros(3, ">f4")}),
+        (TypeError, "as bool, got uint8", {"is_last": np.zeros(3, np.uint8)}),
+    ]:
+        with pytest.raises(error, match=match):
+            replay.add(plain_rows(rng) | other)
+    with pytest.raises(ValueError, match=r"missing \['wide'\]"):
+        replay.add({name: rows for name, rows in plain_rows(rng).items() if name != "wide"})
+    assert not replay._count.any()
+
+
 def test_out_is_filled_in_place_and_checked(backend):
     replay = filled()
     out = replay.empty_batch(3)

@@ -54,6 +54,26 @@ std::int64_t longest_waiting(const Shape& shape, const std::int64_t* count,
   return best;
 }
 
+// memcpy that is one load and one store for flags, rewards and small actions.
+void copy_record(std::uint8_t* to, const std::uint8_t* from, std::int64_t bytes) {
+  switch (bytes) {
+    case 1:
+      *to = *from;
+      return;
+    case 4:
+      std::memcpy(to, from, 4);
+      return;
+    case 8:
+      std::memcpy(to, from, 8);
+      return;
+    case 16:
+      std::memcpy(to, from, 16);
+      return;
+    default:
+      std::memcpy(to, from, bytes);
+  }
+}
+
 }  // namespace
 
 std::int64_t window_count(const Shape& shape, const std::int64_t* count) {
@@ -110,11 +130,14 @@ void repair_last(const Shape& shape, std::int64_t batch, const std::uint8_t* fir
     for (std::int64_t t = 0; t + 1 < shape.rows; ++t) last[t] |= first[t + 1];
 }
 
-void scatter(const Shape& shape, const Key& key, const std::int64_t* count,
-             const std::int64_t* envs, std::int64_t m, const std::uint8_t* rows) {
-  for (std::int64_t i = 0; i < m; ++i, rows += key.record) {
-    const std::int64_t slot = envs[i] * shape.length + count[envs[i]] % shape.length;
-    std::memcpy(key.ring + slot * key.record, rows, key.record);
+void append(const Shape& shape, const std::vector<Key>& keys, std::int64_t* count,
+            const std::int64_t* envs, std::int64_t m, const std::uint8_t* const* rows) {
+  for (std::int64_t i = 0; i < m; ++i) {
+    const std::int64_t slot = envs[i] * shape.length + count[envs[i]]++ % shape.length;
+    for (std::size_t k = 0; k < keys.size(); ++k) {
+      const std::int64_t record = keys[k].record;
+      copy_record(keys[k].ring + slot * record, rows[k] + i * record, record);
+    }
   }
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace fastwm::replay {
 
@@ -49,9 +50,10 @@ void gather(const Shape& shape, const Key& key, std::int64_t batch, const std::i
 void repair_last(const Shape& shape, std::int64_t batch, const std::uint8_t* first,
                  std::uint8_t* last);
 
-// One new row for each of the m envs: rows (m, record). The caller advances count afterwards.
-void scatter(const Shape& shape, const Key& key, const std::int64_t* count,
-             const std::int64_t* envs, std::int64_t m, const std::uint8_t* rows);
+// One new row of every key for each of the m envs: rows[k] (m, keys[k].record); advances count.
+// Env by env, so that the slot is worked out once; of the rows only the written bytes are touched.
+void append(const Shape& shape, const std::vector<Key>& keys, std::int64_t* count,
+            const std::int64_t* envs, std::int64_t m, const std::uint8_t* const* rows);
 
 // Writes values (B, T, record) over rows 1..T of the windows, in batch order, except where the row
 // was overwritten meanwhile; returns how many rows were left alone.

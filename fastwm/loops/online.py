@@ -21,6 +21,7 @@ from fastwm.loops.finite import FiniteWatch, NonFiniteError
 from fastwm.loops.profile import Trace, gpu_busy
 from fastwm.loops.record import Recorder, videos
 from fastwm.loops.signals import stop_signals
+from fastwm.loops.tally import tally
 from fastwm.loops.transfer import Transfer
 
 DONE, NOT_FINITE = 0, 3  # exit codes; a signal n gives 128 + n
@@ -194,16 +195,10 @@ class OnlineRun:
                 self.logger.train.add(metrics)
 
     def _count_episodes(self) -> None:
-        rows, first = self.rows, self.rows["is_first"]
-        self.length += 1
-        if np.count_nonzero(first):
-            self.score[first], self.length[first] = 0.0, 0
-        self.score += rows["reward"]
-        last = rows["is_last"]
-        if np.count_nonzero(last):
-            scores, lengths = self.score[last].tolist(), self.length[last].tolist()
-            self.episodes += len(scores)
-            self.logger.ended(scores, lengths)
+        ended = tally(self.rows, self.score, self.length)
+        if ended is not None:
+            self.episodes += len(ended[0])
+            self.logger.ended(*ended)
 
     def evaluate_if_due(self) -> None:
         at_end = self.config.eval.every > 0 and not self.wants_more()
