@@ -227,5 +227,7 @@ class Decoder(nn.Module):
             x = torch.sigmoid(x) if self.sigmoid else x + 0.5
             sizes = [self.space[key].shape[2] for key in self.image_keys]
             x = x.reshape(*lead, *x.shape[1:])
-            out.update(zip(self.image_keys, x.split(sizes, -1), strict=True))
+            # The gradient of a split is a copy: not for one image.
+            images = x.split(sizes, -1) if len(sizes) > 1 else [x]
+            out.update(zip(self.image_keys, images, strict=True))
         return out

@@ -3,6 +3,7 @@
 // token_part and action_part.
 #ifndef FWM_ISA
 #include "cpu/rssm.h"
+#include "cpu/lanes.h"
 
 #include "cpu/simd.h"
 #define FWM_SOURCE "cpu/rssm.cpp"
@@ -47,6 +48,7 @@ int64_t rssm_phases(const RssmSizes& n) {
 #else
 
 #include "cpu/rssm_body.h"
+#include "cpu/rssm_draw.h"
 
 namespace fastwm::FWM_ISA {
 namespace {
@@ -279,18 +281,20 @@ struct Forward {
 
   FWM_INLINE void sample(int64_t b, int64_t t) {
     const float* logits = a.logits.at(b, t);
-    float* mass = e + b * z;
-    exponentials(logits, n.groups, n.classes, mass);
     const int64_t at = (b * n.time + t) * n.groups;
+    int32_t* chosen = index + b * n.groups;
+    if (a.noise != nullptr) {
+      draw_row(logits, n.groups, n.classes, a.unimix, a.noise + at, e + b * z, chosen);
+    }
+    for (int64_t s = 0; a.noise == nullptr && s < n.groups; ++s) {
+      chosen[s] = (int32_t)largest(logits + s * n.classes, n.classes);
+    }
     float* hot = a.one_hot.data == nullptr ? nullptr : a.one_hot.at(b, t);
     for (int64_t i = 0; hot != nullptr && i < z; ++i) hot[i] = 0.0f;
-    for (int64_t s = 0; s < n.groups; ++s, mass += n.classes, logits += n.classes) {
-      const int64_t chosen = a.noise == nullptr ? largest(logits, n.classes)
-                                                : draw(mass, n.classes, a.unimix, a.noise[at + s]);
-      index[b * n.groups + s] = (int32_t)chosen;
-      if (a.index8 != nullptr) a.index8[at + s] = (uint8_t)chosen;
-      if (a.index64 != nullptr) a.index64[at + s] = chosen;
-      if (hot != nullptr) hot[s * n.classes + chosen] = 1.0f;
+    for (int64_t s = 0; s < n.groups; ++s) {
+      if (a.index8 != nullptr) a.index8[at + s] = (uint8_t)chosen[s];
+      if (a.index64 != nullptr) a.index64[at + s] = chosen[s];
+      if (hot != nullptr) hot[s * n.classes + chosen[s]] = 1.0f;
     }
   }
 

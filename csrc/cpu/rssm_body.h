@@ -257,19 +257,5 @@ FWM_INLINE int64_t largest(const float* x, int64_t n) {
   return best;
 }
 
-// The class where the cumulative mass of (1 - unimix) softmax + unimix / K passes the noise; e are
-// the exponentials and become that cumulative mass.
-FWM_INLINE int64_t draw(float* e, int64_t classes, float unimix, float noise) {
-  float total = 0.0f;
-  for (int64_t k = 0; k < classes; ++k) total += e[k];
-  const float scale = (1.0f - unimix) / total, floor = unimix / (float)classes;
-  float mass = 0.0f;
-  for (int64_t k = 0; k < classes; ++k) e[k] = mass += e[k] * scale + floor;
-  const float threshold = noise * mass;
-  int64_t chosen = 0;
-  for (int64_t k = 0; k + 1 < classes; ++k) chosen += e[k] <= threshold;
-  return chosen;
-}
-
 }  // namespace
 }  // namespace fastwm::FWM_ISA
