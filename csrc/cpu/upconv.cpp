@@ -145,16 +145,19 @@ FWM_INLINE int64_t whole_tiles(const UpconvSizes& n, int64_t row) {
   return tiles < 0 ? 0 : tiles;
 }
 
-// Products of one vector of lanes become the results of 2x2 pixels. `shared`: at the second
-// frequency along the rows.
-FWM_INLINE void transform_products(const float* from, const float* shared, int64_t stride,
+// Products of one vector of lanes, at these places of each frequency, become the results of 2x2
+// pixels.
+FWM_INLINE void transform_products(const float* from, const Places& lanes, int64_t stride,
                                    Vec (&y)[4]) {
   Vec upper[4], lower[4];
 #pragma GCC unroll 4
   for (int64_t f = 0; f < 4; ++f) {
-    const Vec m1 = load(shared + f * stride), m2 = load(from + (8 + f) * stride);
-    upper[f] = load(from + f * stride) + m1 + m2;
-    lower[f] = m1 - m2 - load(from + (12 + f) * stride);
+    const float* at = from + f * stride + (f == 1 ? lanes.column : lanes.plain);
+    const int64_t second =
+        4 * stride + (f == 1 ? lanes.both - lanes.column : lanes.row - lanes.plain);
+    const Vec m1 = load(at + second), m2 = load(at + 8 * stride);
+    upper[f] = load(at) + m1 + m2;
+    lower[f] = m1 - m2 - load(at + 12 * stride);
   }
   y[0] = upper[0] + upper[1] + upper[2];
   y[1] = upper[1] - upper[2] - upper[3];
@@ -169,13 +172,13 @@ void write_row(const UpconvSizes& n, const Plane& products, int64_t tile, int64_
   for (int64_t parity = 0; parity < 2; ++parity) {
     for (int64_t r = 0; r < run; r += kVec) {
       const int64_t column = column_of(run, r);
-      const float* shared = products.at(4) + tile * products.row + column;
-      const float* from = products.at(0) + tile * products.row + parity * run + column;
+      const Places lanes = places_of(n, parity, column);
+      const float* from = products.at(0) + tile * products.row;
       float* to = y + parity * line + column;
       Vec results[4];
       int64_t j = 0;
-      for (; j < inside; ++j, from += products.row, shared += products.row, to += 2 * run) {
-        transform_products(from, shared, stride, results);
+      for (; j < inside; ++j, from += products.row, to += 2 * run) {
+        transform_products(from, lanes, stride, results);
         __builtin_prefetch(to + 4 * line, 1);  // where the next row of tiles goes
         __builtin_prefetch(to + 6 * line, 1);
         store(to, results[0]);
@@ -183,8 +186,8 @@ void write_row(const UpconvSizes& n, const Plane& products, int64_t tile, int64_
         store(to + 2 * line, results[2]);
         store(to + 2 * line + run, results[3]);
       }
-      for (; j < across; ++j, from += products.row, shared += products.row, to += 2 * run) {
-        transform_products(from, shared, stride, results);
+      for (; j < across; ++j, from += products.row, to += 2 * run) {
+        transform_products(from, lanes, stride, results);
         for (int64_t i = 0; i < 4; ++i) {
           const int64_t p = i >> 1, q = i & 1;
           if (2 * row + p >= n.height || 2 * j + q >= n.width) continue;
@@ -197,23 +200,45 @@ void write_row(const UpconvSizes& n, const Plane& products, int64_t tile, int64_
   }
 }
 
+// Where the gradients of a tile go, one after the other, in each kind of frequency.
+struct Targets {
+  float *plain, *column, *row, *both;
+  Places step, parity;  // to the next tile, to the odd rows
+  bool again;           // the other column parity has been there before
+  FWM_INLINE Targets(const UpconvSizes& n, const Plane& products, int64_t tile, int64_t first)
+      : step{lanes_of(n, 0), lanes_of(n, 1), lanes_of(n, 4), lanes_of(n, 5)},
+        again(shares_columns(n) && first >= n.outputs) {
+    const Places even = places_of(n, 0, first), odd = places_of(n, 1, first);
+    plain = products.at(0) + tile * step.plain + even.plain;
+    column = products.at(1) + tile * step.column + even.column;
+    row = products.at(4) + tile * step.row + even.row;
+    both = products.at(5) + tile * step.both + even.both;
+    parity = {odd.plain - even.plain, odd.column - even.column, 0, 0};
+  }
+  FWM_INLINE void next() {
+    plain += step.plain, column += step.column, row += step.row, both += step.both;
+  }
+};
+
 // Gradients [parity][pixel] of 2x2 pixels: the transposed map of transform_products.
-FWM_INLINE void transform_gradients(const Vec (&g)[2][4], float* to, float* shared, int64_t stride,
-                                    int64_t run) {
-  const auto put = [stride](float* at, Vec left, Vec right) {
+FWM_INLINE void transform_gradients(const Vec (&g)[2][4], const Targets& to, int64_t stride) {
+  const auto put = [&to, stride](float* at, float* second, Vec left, Vec right) {
     store(at, left);
-    store(at + stride, left + right);
+    store(second, to.again ? load(second) + (left + right) : left + right);
     store(at + 2 * stride, left - right);
     store(at + 3 * stride, -right);
   };
 #pragma GCC unroll 2
   for (int64_t parity = 0; parity < 2; ++parity) {
     const Vec* p = g[parity];
-    put(to + parity * run, p[0], p[1]);
-    put(to + parity * run + 8 * stride, p[0] - p[2], p[1] - p[3]);
-    put(to + parity * run + 12 * stride, -p[2], -p[3]);
+    float *at = to.plain + parity * to.parity.plain,
+          *second = to.column + parity * to.parity.column;
+    put(at, second, p[0], p[1]);
+    put(at + 8 * stride, second + 8 * stride, p[0] - p[2], p[1] - p[3]);
+    put(at + 12 * stride, second + 12 * stride, -p[2], -p[3]);
   }
-  put(shared, g[0][0] + g[0][2] + (g[1][0] + g[1][2]), g[0][1] + g[0][3] + (g[1][1] + g[1][3]));
+  put(to.row, to.both, g[0][0] + g[0][2] + (g[1][0] + g[1][2]),
+      g[0][1] + g[0][3] + (g[1][1] + g[1][3]));
 }
 
 // A row of tiles of the large image's gradient, which begins at grad_y.
@@ -223,12 +248,11 @@ void read_row(const UpconvSizes& n, const float* grad_y, int64_t row, const Plan
   const int64_t inside = whole_tiles(n, row), stride = products.stride;
   for (int64_t r = 0; r < run; r += kVec) {
     const int64_t column = column_of(run, r);
-    float* to = products.at(0) + tile * 2 * run + column;
-    float* shared = products.at(4) + tile * run + column;
+    Targets to(n, products, tile, column);
     const float* from = grad_y + column;
     Vec g[2][4];
     int64_t j = 0;
-    for (; j < inside; ++j, from += 2 * run, to += 2 * run, shared += run) {
+    for (; j < inside; ++j, from += 2 * run, to.next()) {
 #pragma GCC unroll 2
       for (int64_t parity = 0; parity < 2; ++parity) {
         const float* at = from + parity * line;
@@ -239,9 +263,9 @@ void read_row(const UpconvSizes& n, const float* grad_y, int64_t row, const Plan
         g[parity][2] = load(at + 2 * line);
         g[parity][3] = load(at + 2 * line + run);
       }
-      transform_gradients(g, to, shared, stride, run);
+      transform_gradients(g, to, stride);
     }
-    for (; j < across; ++j, from += 2 * run, to += 2 * run, shared += run) {
+    for (; j < across; ++j, from += 2 * run, to.next()) {
       for (int64_t i = 0; i < 8; ++i) {
         const int64_t parity = i >> 2, p = i >> 1 & 1, q = i & 1;
         Vec edge = {};
@@ -251,7 +275,7 @@ void read_row(const UpconvSizes& n, const float* grad_y, int64_t row, const Plan
         }
         g[parity][2 * p + q] = edge;
       }
-      transform_gradients(g, to, shared, stride, run);
+      transform_gradients(g, to, stride);
     }
   }
 }
@@ -341,7 +365,7 @@ void upconv(const Upconv& a, float* scratch, float* y, float* z, int64_t begin, 
       const Factor x{values.at(f), n.inputs, 1};
       // A bias of the products at (1, 1) is one of every result.
       const float* init = f == 5 ? a.packed + kFrequencies * step : nullptr;
-      multiply(x, n.inputs, a.packed + f * step, n.lanes(f), init, products.at(f), products.row,
+      multiply(x, n.inputs, a.packed + f * step, lanes_of(n, f), init, products.at(f), products.row,
                rows * n.across());
     }
     for (int64_t q = 0; q < rows; ++q) {
@@ -381,21 +405,21 @@ void upconv_backward(const UpconvGrad& a, float* scratch, float* grad_x, float* 
       transform_image(n, lines, values, a.x, first, rows);
       for (int64_t f = 0; f < kFrequencies; ++f) {
         const Factor x{values.at(f), 1, n.inputs};
-        add_product(x, tiles, products.at(f), n.lanes(f), sums + f * step, whole(4 * n.outputs),
+        add_product(x, tiles, products.at(f), lanes_of(n, f), sums + f * step, whole(4 * n.outputs),
                     n.inputs);
       }
       float* bias = sums + kFrequencies * step;
       const float* all = products.at(5);
-      for (int64_t i = 0; i < n.run(); i += kVec) {
+      for (int64_t i = 0; i < lanes_of(n, 5); i += kVec) {
         Vec sum = load(bias + i);
-        for (int64_t t = 0; t < tiles; ++t) sum += load(all + t * n.run() + i);
+        for (int64_t t = 0; t < tiles; ++t) sum += load(all + t * lanes_of(n, 5) + i);
         store(bias + i, sum);
       }
     }
     if (!a.turned) continue;
     for (int64_t f = 0; f < kFrequencies; ++f) {
-      const Factor g{products.at(f), n.lanes(f), 1};
-      multiply(g, n.lanes(f), a.turned + f * turn, n.inputs, nullptr, grads.at(f), grads.row,
+      const Factor g{products.at(f), lanes_of(n, f), 1};
+      multiply(g, lanes_of(n, f), a.turned + f * turn, n.inputs, nullptr, grads.at(f), grads.row,
                tiles);
     }
     for (int64_t q = 0; q < rows; ++q) {

@@ -2,9 +2,10 @@
 // plain pointers and sizes, see kernels.h. Images lie (H, W, C).
 //
 // Each output phase (row parity a, column parity b) is a 3x3 convolution of the small image. Tiles
-// of 2x2 input pixels, all phases of which need 4x4 input pixels, go through Winograd's F(2x2,
-// 3x3): sixteen products per tile, kernel and channel instead of 36 for each phase. Along the rows
-// the second of four frequencies is the same for both parities, and is multiplied once.
+// of 2x2 input pixels, all phases of which need 4x4 input pixels, go through Winograd's
+// F(2x2, 3x3): sixteen products per tile, kernel and channel instead of 36 for each phase. The
+// second of four frequencies along a dimension is the same for both parities, and is multiplied
+// once: always along the rows, and along the columns where C' is a number of whole vectors.
 #pragma once
 
 #include <stdint.h>
@@ -23,8 +24,6 @@ struct UpconvSizes {
   int64_t down() const { return (height + 1) / 2; }
   int64_t across() const { return (width + 1) / 2; }  // tiles of an image
   int64_t run() const { return 2 * outputs; }  // contiguous results of an input pixel, (b, C')
-  // Products of one frequency and tile: (a, b, C'), or for the second one along the rows (b, C').
-  int64_t lanes(int64_t frequency) const { return frequency / 4 == 1 ? run() : 2 * run(); }
   // Floats of a row of the large image, and pixels that a row of tiles has there.
   int64_t line() const { return width * run(); }
   int64_t pixels(int64_t row) const { return 4 * width * (2 * row + 1 < height ? 2 : 1); }

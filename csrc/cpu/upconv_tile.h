@@ -1,11 +1,39 @@
 // Products whose sums stay in registers, for upconv.cpp. Included once per instruction set inside
-// its namespace, after vec.h. Results lie in SIMD lanes, in panels of two vectors and perhaps a
-// last one of a single vector.
+// its namespace, after vec.h, with what says where lanes lie. Results lie in SIMD lanes, in panels
+// of two vectors and perhaps a last one of a single vector.
 
 constexpr int64_t kPanel = 2 * kVec;
 constexpr int kRows = kVec == 4 ? 4 : kVec == 8 ? 6 : 12;  // of results with two vectors each
 
 FWM_INLINE int64_t vectors(int64_t width) { return (width + kVec - 1) / kVec; }
+
+// Whether both column parities share their second frequency.
+FWM_INLINE bool shares_columns(const UpconvSizes& n) { return n.outputs % kVec == 0; }
+
+// Products of a frequency and tile: (a, b, C'), or without the dimensions that it shares.
+FWM_INLINE int64_t lanes_of(const UpconvSizes& n, int64_t frequency) {
+  const int64_t parities = frequency % 4 == 1 && shares_columns(n) ? 1 : 2;
+  return (frequency / 4 == 1 ? 1 : 2) * parities * n.outputs;
+}
+
+// Which phase 2 a + b the block `index` of C' lanes belongs to; with others, where it is shared.
+FWM_INLINE int64_t phase_of(const UpconvSizes& n, int64_t frequency, int64_t index) {
+  return frequency % 4 == 1 && shares_columns(n) ? 2 * index : index;
+}
+
+// A number for each kind of frequency: the second one along neither dimension, the columns, the
+// rows, both.
+struct Places {
+  int64_t plain, column, row, both;
+};
+
+// Where the lane of row parity a and place `column` in (b, C') lies.
+FWM_INLINE Places places_of(const UpconvSizes& n, int64_t parity, int64_t column) {
+  const bool shared = shares_columns(n);
+  const int64_t second = shared ? column % n.outputs : column;
+  return {parity * n.run() + column, parity * (shared ? n.outputs : n.run()) + second, column,
+          second};
+}
 
 // Number (r, k) lies at data[r * row + k * step].
 struct Factor {

@@ -83,10 +83,9 @@ void transform_kernel_back(const Vec (&grads)[kFrequencies][4], Vec (&taps)[kTap
     Vec half[4][5] = {};
     for (int a = 0; a < 2; ++a) {
       for (int f = 0; f < 4; ++f) {
-        // The second frequency along the rows is shared: its gradient counts once.
-        const Vec shared = a ? Vec{} : grads[4 + f][b];
-        const Vec line[4] = {grads[f][2 * a + b], shared, grads[8 + f][2 * a + b],
-                             grads[12 + f][2 * a + b]};
+        const int phase = 2 * a + b;
+        const Vec line[4] = {grads[f][phase], grads[4 + f][phase], grads[8 + f][phase],
+                             grads[12 + f][phase]};
         transform_back(line, 1, a, half[f]);
       }
     }
@@ -132,9 +131,9 @@ void upconv_pack(const UpconvSizes& n, const float* weight, const float* bias, f
       load_taps(weight + (o * n.inputs + c) * kTaps, n.inputs * kTaps, count, taps);
       transform_kernel(taps, kernel);
       for (int64_t f = 0; f < kFrequencies; ++f) {
-        for (int64_t phase = 0; phase * n.outputs < n.lanes(f); ++phase) {
-          put(packed + f * step, n.inputs, n.lanes(f), c, phase * n.outputs + o, kernel[f][phase],
-              count);
+        for (int64_t i = 0; i * n.outputs < lanes_of(n, f); ++i) {
+          put(packed + f * step, n.inputs, lanes_of(n, f), c, i * n.outputs + o,
+              kernel[f][phase_of(n, f, i)], count);
         }
       }
     }
@@ -153,9 +152,9 @@ void upconv_turn(const UpconvSizes& n, const float* weight, float* turned) {
       load_taps(weight + (o * n.inputs + c) * kTaps, kTaps, count, taps);
       transform_kernel(taps, kernel);
       for (int64_t f = 0; f < kFrequencies; ++f) {
-        for (int64_t phase = 0; phase * n.outputs < n.lanes(f); ++phase) {
-          put(turned + f * step, n.lanes(f), n.inputs, phase * n.outputs + o, c, kernel[f][phase],
-              count);
+        for (int64_t i = 0; i * n.outputs < lanes_of(n, f); ++i) {
+          put(turned + f * step, lanes_of(n, f), n.inputs, i * n.outputs + o, c,
+              kernel[f][phase_of(n, f, i)], count);
         }
       }
     }
@@ -169,11 +168,11 @@ void upconv_fold(const UpconvSizes& n, const float* sums, float* grad_weight, fl
   for (int64_t o = 0; o < n.outputs; o += kVec) {
     const int64_t count = lanes_left(n.outputs, o);
     for (int64_t c = 0; c < n.inputs; ++c) {
-      Vec taps[kTaps], grads[kFrequencies][4];
+      Vec taps[kTaps], grads[kFrequencies][4] = {};  // what phases share counts once
       for (int64_t f = 0; f < kFrequencies; ++f) {
         const float* from = sums + f * step + c * width + o;
-        for (int64_t phase = 0; phase * n.outputs < n.lanes(f); ++phase) {
-          grads[f][phase] = load(from + phase * n.outputs);
+        for (int64_t i = 0; i * n.outputs < lanes_of(n, f); ++i) {
+          grads[f][phase_of(n, f, i)] = load(from + i * n.outputs);
         }
       }
       transform_kernel_back(grads, taps);
