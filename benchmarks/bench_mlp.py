@@ -1,4 +1,4 @@
-"""Stacks of layers as acting and imagination use them, weights packed beforehand."""
+"""Stacks of layers as acting uses them, weights packed beforehand; layers that read one-hots."""
 
 import pytest
 import torch
@@ -32,3 +32,16 @@ def test_mlp(time_op, variant, mode, stack, rows):
 
     time_op(f"mlp {stack} N{rows}", fused, ops.mlp_ref, (torch.randn(rows, sizes[0]), weights), [],
             (moved, moved), 2 * rows * work)  # fmt: skip
+
+
+@pytest.mark.parametrize("groups, classes, outputs", [(32, 4, 320), (32, 16, 1280)])
+def test_sparse_linear(time_op, groups, classes, outputs):
+    """The share of one-hots in the first layers of five heads, size1m and size12m."""
+    rows, inputs = 1024, groups * classes
+    index = torch.randint(0, classes, (rows, groups))
+    x = torch.nn.functional.one_hot(index, classes).flatten(1).float()
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    array, moved = 4 * outputs * inputs, 4 * rows * (inputs + outputs)
+    time_op(f"sparse_linear N{rows} {groups}x{classes} to {outputs}", ops.sparse_linear,
+            ops.sparse_linear_ref, (x, weight, bias), [weight, bias],
+            (moved + array, 2 * moved + 2 * array), 2 * rows * groups * outputs)  # fmt: skip

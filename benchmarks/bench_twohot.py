@@ -41,3 +41,19 @@ def test_twohot_mean_linear(time_op, variant, mode, rows, units):
 def in_two(x, weight, bias, bins):
     """The baseline: the library's product and the kernel of the mean."""
     return ops.twohot_mean(torch.nn.functional.linear(x, weight, bias), bins)
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=lambda n: f"N{n}")
+@pytest.mark.parametrize("units", [64, 256])
+def test_twohot_loss_linear(time_op, rows, units):
+    head = [torch.randn(rows, units), torch.randn(V, units) / units, torch.zeros(V)]
+    args = (*head, 10 * torch.randn(rows), ops.symexp_bins(V))
+    logits, rest = 4 * rows * V, 4 * (rows * (units + 2) + V * units)
+    moved = (logits + rest, 2 * logits + 3 * rest)
+    time_op(f"twohot_loss_linear N{rows} U{units} V{V}", ops.twohot_loss_linear, loss_in_two,
+            args, head, moved, 2 * rows * units * V)  # fmt: skip
+
+
+def loss_in_two(x, weight, bias, target, bins):
+    """The baseline: the library's product and the kernel of the loss."""
+    return ops.twohot_loss(torch.nn.functional.linear(x, weight, bias), target, bins)
