@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import platform
+import subprocess
+import sys
 from itertools import accumulate
 from pathlib import Path
 
@@ -42,6 +45,38 @@ def test_a_thousand_updates_leave_nothing_behind():
         agent.update(batch)
     assert tensors() <= count  # fewer: what earlier tests left was freed meanwhile
     assert resident() - before < 700 * 1024  # less than a KiB an update
+
+
+STEADY = """
+import resource, statistics, sys
+import torch
+from test_dreamer import random_batch, tiny_agent
+from fastwm import assemble
+torch.set_num_threads(1)
+agent = tiny_agent(imag_horizon=15, **{"rssm.deter": 512})
+batch = random_batch(agent, 16, 64)
+def faults(updates):
+    found = []
+    for _ in range(updates):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        agent.update(batch)
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return found
+print(statistics.mean(faults(5)))
+assemble.keep_freed_memory()
+print(statistics.median(faults(10)[3:]))
+"""
+
+
+@pytest.mark.slow  # updates of a real size: small tensors never go back to the system
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="memory is kept by glibc's malloc")
+def test_steady_updates_get_no_memory_from_the_system():
+    """What one update has freed is what the next one takes: no page is mapped anew."""
+    command = [sys.executable, "-c", STEADY]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    usual, kept = map(float, done.stdout.split())
+    assert kept <= 20 < usual
 
 
 def peak(call) -> int:
