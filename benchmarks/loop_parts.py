@@ -4,7 +4,9 @@
 
 Every line adds a part to the line before; all take turns on one pool of environments with random
 actions. us: median wall time of a step of all environments; cpu: processor time of all threads,
-the least of all turns, which other programs hardly disturb; share: of the rate of `envpool.step`.
+the least of all turns, which other programs hardly disturb; share: of the rate of `envpool.step`
+with the same number of threads. The line before it is `envpool.step` with as many threads as
+envpool chooses by itself.
 """
 
 from __future__ import annotations
@@ -59,6 +61,8 @@ def parts(task: str, num_envs: int, folder: Path) -> dict[str, Callable[[np.ndar
     env = envs.make(task, num_envs)
     adapter = env.env
     pool, door, native = adapter._pool, adapter._door, adapter._act.batch
+    plain = envs.make(task, num_envs, num_threads=0).env._pool
+    plain.reset()
     loops = [
         Loop(env, task, folder / str(i), **{"log.every": every, "log.tensorboard": board})
         for i, (every, board) in enumerate([(10**9, False), (400, False), (400, True)])
@@ -76,6 +80,7 @@ def parts(task: str, num_envs: int, folder: Path) -> dict[str, Callable[[np.ndar
         replay.add({**policy(action), "action": action})
 
     return {
+        "its own threads": lambda action: plain.step(native(action)),
         "envpool.step": lambda action: pool.step(native(action)),
         "its compiled step": compiled,
         "+ rows": adapter.step,
@@ -113,10 +118,13 @@ def main() -> None:
         steps = parts(args.task, args.envs, Path(folder))
         plan = random_actions(envs.make(args.task, args.envs), args.steps)
         spent = measure(steps, plan, args.turns)
+        for step in steps.values():
+            if isinstance(loop := getattr(step, "__self__", None), Loop):
+                loop.run.logger.close()  # its thread writes into the folder
     print(f"{args.task}, {args.envs} environments, {args.turns} turns of {args.steps} steps")
     print(f"{'':20}{'us':>8}{'cpu':>8}{'share':>8}{'of cpu':>8}")
     table = {k: (np.median(v, 0)[0], np.min(v, 0)[1]) for k, v in spent.items()}
-    raw = table["envpool.step"]
+    raw = table["envpool.step"]  # with the threads that all the parts have
     for name, (wall, cpu) in table.items():
         print(f"{name:20}{wall:8.0f}{cpu:8.0f}{raw[0] / wall:8.2f}{raw[1] / cpu:8.2f}")
 

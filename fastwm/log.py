@@ -44,6 +44,7 @@ SHORT = {
     "eval_episodes": ("eval/episodes",),
     "dataset_size": ("replay/rows",),
 }
+BOARD_S = 0.2  # TensorBoard draws a thousand points of a curve; a second may bring as many rows
 SECTIONS = ("env", "policy", "replay", "copy", "learner", "log", "eval")
 
 
@@ -158,6 +159,8 @@ class Logger:
             }
         )
         self.board = _open_board(self.run, self.last["env_steps"]) if tensorboard else None
+        self.due: tuple[int, dict[str, float]] = (0, {})  # env_steps, scalars that the board lacks
+        self.showed = -math.inf  # when it got the last ones
         done = self.last["env_steps"]
         self.bar = open_bar(steps, "env_steps", done, every_s) if every_s else None
 
@@ -199,13 +202,28 @@ class Logger:
         return row
 
     def _scalars(self, values: Mapping[str, float], env_steps: int) -> None:
-        """All of them as one event, which takes a seventh of the time of one each."""
+        """At most a point per BOARD_S of every curve: of rows that follow closer, the newest.
+
+        What an evaluation found is shown at its own step.
+        """
         if not self.board:
+            return
+        if "eval/return" in values:
+            self._show()
+        self.due = env_steps, self.due[1] | values
+        if "eval/return" in values or time.perf_counter() - self.showed >= BOARD_S:
+            self._show()
+
+    def _show(self) -> None:
+        """All that are due as one event, which takes a seventh of the time of one each."""
+        env_steps, values = self.due
+        if not self.board or not values:
             return
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self.board.file_writer.add_summary(Summary(value=scalars), env_steps)
+        self.due, self.showed = (env_steps, {}), time.perf_counter()
 
     def tick(self, env_steps: int, updates: int) -> None:
         """Refresh the terminal line if it is time."""
@@ -285,6 +303,7 @@ class Logger:
 
     def state_dict(self) -> dict:
         """Where the log stands: what lies beyond it is cut off when a run resumes from here."""
+        self._show()
         self.file.flush()
         os.fsync(self.file.fileno())
         return {
@@ -304,6 +323,7 @@ class Logger:
 
     def close(self) -> None:
         self.file.close()
+        self._show()
         if self.board:
             self.board.close()
         if self.bar:

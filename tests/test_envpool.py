@@ -359,3 +359,23 @@ def test_pictures_that_cannot_be_made_are_none(monkeypatch):
     with pytest.warns(UserWarning, match="no pictures"):
         assert env.render() is None
     assert env.render() is None
+
+
+@pytest.mark.parametrize(
+    "env_id, num_envs, threads",
+    [("CartPole-v1", 64, 1), ("CartPole-v1", 65, 0), ("FrozenLake-v1", 4, 1),
+     ("Acrobot-v1", 4, 0), ("Ant-v5", 2, 0)],
+)  # fmt: skip
+def test_quick_environments_get_one_thread(env_id, num_envs, threads):
+    made = adapter.EnvpoolEnv(env_id, num_envs)
+    assert made._pool.config["num_threads"] == threads
+    chosen = adapter.EnvpoolEnv(env_id, num_envs, num_threads=2)
+    assert chosen._pool.config["num_threads"] == 2
+
+
+def test_rows_do_not_depend_on_threads():
+    one, two = (adapter.EnvpoolEnv("CartPole-v1", 9, seed=3, num_threads=n) for n in (1, 2))
+    actions = np.random.default_rng(0).integers(0, 2, (60, 9)).astype(np.int32)
+    ours, theirs = ([env.reset(), *map(env.step, actions)] for env in (one, two))
+    for row, other in zip(ours, theirs, strict=True):
+        assert all(np.array_equal(row[key], other[key]) for key in row)

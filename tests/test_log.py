@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastwm import log as log_module
 from fastwm.log import SECTIONS, SHORT, Logger, Mean, Stopwatch, gif
 
 
@@ -181,6 +182,34 @@ def test_tensorboard_has_scalars_short_names_and_video(tmp_path):
     histograms = {"weight/net/weight", "gradient/net/weight", "weight/net/bias"}
     assert set(tags["histograms"]) == histograms
     assert found.Histograms("gradient/net/weight")[0].histogram_value.max == 2.0
+
+
+def test_tensorboard_gets_the_newest_of_rows_that_follow_close(tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    now = [100.0]
+    log = logger(tmp_path, tensorboard=True)
+    monkeypatch.setattr(log_module.time, "perf_counter", lambda: now[0])
+
+    def write(step, **values):
+        log.set({f"episode/{name}": value for name, value in values.items()})
+        log.write(step, 0)
+        now[0] += 0.06
+
+    for step in range(1, 6):
+        write(step, score=step, **({"length": 7.0} if step == 3 else {}))
+    log.set({"eval/return": 9.0})
+    write(6, score=6)
+    write(7, score=7)
+    log.state_dict()
+    write(8, score=8)
+    log.close()
+    found = events.EventAccumulator(str(tmp_path)).Reload()
+    tags = found.Tags()["scalars"]
+    points = {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in tags}
+    assert points["episode/score"] == [(n, float(n)) for n in (1, 5, 6, 7, 8)]
+    assert points["episode/length"] == [(5, 7.0)], "of a row that was not drawn"
+    assert points["eval/return"] == [(6, 9.0)]
+    assert [row["env_steps"] for row in rows(tmp_path)] == list(range(1, 9))
 
 
 def test_missing_tensorboard_warns_once_and_goes_on(tmp_path, monkeypatch):
