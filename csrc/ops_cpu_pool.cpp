@@ -5,6 +5,7 @@
 
 #include "cpu/pool.h"
 #include "pool_args.h"
+#include "ranges.h"
 
 namespace fastwm {
 namespace {
@@ -40,30 +41,6 @@ void set_images(Args& args, const Tensor& x) {
   const bool bytes = x.scalar_type() == ScalarType::Byte;
   args.x = bytes ? nullptr : ptr(x);
   args.bytes = bytes ? ptr<uint8_t>(x) : nullptr;
-}
-
-// The images are cut into ranges that do not depend on the number of threads, and their sums are
-// added in order: two runs are equal bit by bit on any machine.
-struct Ranges {
-  int64_t length, count;
-  explicit Ranges(int64_t images)
-      : length(std::max<int64_t>(1, (images + 15) / 16)),
-        count(std::max<int64_t>(1, (images + length - 1) / length)) {}
-
-  template <class F>
-  void run(int64_t images, int64_t cost, const F& f) const {
-    parallel(count, cost * length, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(i, i * length, std::min(images, (i + 1) * length));
-    });
-  }
-};
-
-// The first range's sums, with all others added.
-const float* total(float* parts, const Ranges& ranges, int64_t size) {
-  for (int64_t i = 1; i < ranges.count; ++i) {
-    for (int64_t u = 0; u < size; ++u) parts[u] += parts[i * size + u];
-  }
-  return parts;
 }
 
 std::tuple<Tensor, Tensor, Tensor> pool_conv_cpu(Tensor x, Tensor weight, Tensor bias, Tensor scale,
