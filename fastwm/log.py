@@ -88,7 +88,11 @@ class Mean:
 
 
 class Stopwatch:
-    """Seconds per section of the loop; `with stopwatch("env"): ...`. Sections do not nest."""
+    """Seconds per section of the loop; `with stopwatch("env"): ...`. Sections do not nest.
+
+    Sections that follow each other look at the clock once in between: `start()` before the first,
+    `lap("env")` after each.
+    """
 
     def __init__(self) -> None:
         self.spent = dict.fromkeys(SECTIONS, 0.0)
@@ -104,6 +108,13 @@ class Stopwatch:
 
     def __exit__(self, *error: object) -> None:
         self.spent[self.section] += time.perf_counter() - self.entered
+
+    start = __enter__
+
+    def lap(self, section: str) -> None:
+        now = time.perf_counter()
+        self.spent[section] += now - self.entered
+        self.entered = now
 
     def read(self) -> tuple[float, dict[str, float]]:
         """Seconds since the last read, and each section's share; with `other` they sum to 1."""
@@ -187,17 +198,18 @@ class Logger:
         values |= _short_names(values)
         speed = self._speed(env_steps, updates)
         self.episodes, self.now = [], {}
-        self.shown |= {name: v for name, v in (values | speed).items() if _shown(name)}
+        everything = values | speed
+        self.shown |= {name: everything[name] for name in _shown(tuple(everything))}
         counters = {
             "env_steps": env_steps,
             "updates": updates,
             "frames": env_steps * self.action_repeat,
         }
         row = counters | values | ({} if self.deterministic else speed)
-        row = {name: _number(value) for name, value in row.items()}
+        row = _numbers(row)
         self.file.write((json.dumps(row) + "\n").encode())
         self.file.flush()
-        self._scalars(values | speed, env_steps)
+        self._scalars(everything, env_steps)
         self.last = {"env_steps": env_steps, "updates": updates}
         return row
 
@@ -446,12 +458,16 @@ def _summands(names: tuple[str, ...]) -> dict[str, list[str]]:
     return short
 
 
-def _shown(name: str) -> bool:
-    return name in ("episode/score", "eval/return") or name.startswith("speed/share_")
+@functools.lru_cache(maxsize=64)
+def _shown(names: tuple[str, ...]) -> list[str]:
+    """Those that the terminal line tells."""
+    told = ("episode/score", "eval/return")
+    return [name for name in names if name in told or name.startswith("speed/share_")]
 
 
-def _number(value: float) -> float | int | None:
-    """Six significant digits, and null for what JSON cannot say."""
-    if isinstance(value, int):
-        return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def _numbers(row: dict[str, float]) -> dict[str, float | int | None]:
+    """Six significant digits, and null for what JSON cannot say. Whole numbers stay as they are."""
+    names = [name for name, value in row.items() if not isinstance(value, int)]
+    texts = ("%.6g " * len(names)) % tuple([row[name] for name in names])  # one call for all
+    values = map(float, texts.split())
+    return row | {n: v if math.isfinite(v) else None for n, v in zip(names, values, strict=True)}

@@ -116,14 +116,15 @@ class OnlineRun:
         self.receive()
         time = self.logger.time
         mode = "random" if self.env_steps < self.config.replay.prefill else "train"
-        with time("policy"):
-            action, self.state, latents = self.agent.act(self.rows, self.state, mode)
-        with time("env"):
-            self.envs.send(action)
+        time.start()
+        action, self.state, latents = self.agent.act(self.rows, self.state, mode)
+        time.lap("policy")
+        self.envs.send(action)
+        time.lap("env")
         self.under_way = True
         if self.replay is not None:  # while the environments step
-            with time("replay"):
-                self.replay.add({**self.rows, "action": self._stored(action), **latents})
+            self.replay.add({**self.rows, "action": self._stored(action), **latents})
+            time.lap("replay")
         self.env_steps += self.config.envs
         if not self.config.overlap:
             self.receive()
@@ -133,8 +134,9 @@ class OnlineRun:
         it sees what the replay holds, and that is the rows before them."""
         if not self.under_way:
             return
-        with self.logger.time("env"):
-            self.rows = self.envs.receive()
+        self.logger.time.start()
+        self.rows = self.envs.receive()
+        self.logger.time.lap("env")
         self.under_way = False
         self._count_episodes()
 
