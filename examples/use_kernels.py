@@ -105,12 +105,22 @@ def dense_gru() -> str:
 
 
 def head() -> str:
-    """A value head for acting: layers in one call, and the mean of its bins without the logits."""
+    """A value head: layers in one call, its mean and its loss without the logits' gradient."""
     x, bins = torch.randn(16, 24), ops.symexp_bins(255)
     layers = [torch.randn(64, 24) / 5, torch.zeros(64), torch.ones(64)]  # weight, bias, scale
     hidden = ops.mlp(x, layers, squash=True)
-    value = ops.twohot_mean_linear(hidden, torch.zeros(255, 64), torch.zeros(255), bins)
-    return f"hidden {tuple(hidden.shape)}, value {value[0]:.1f}"
+    weight, bias = torch.zeros(255, 64, requires_grad=True), torch.zeros(255)
+    value = ops.twohot_mean_linear(hidden, weight.detach(), bias, bins)
+    loss = ops.twohot_loss_linear(hidden, weight, bias, torch.full((16,), 3.0), bins).mean()
+    loss.backward()
+    return f"hidden {tuple(hidden.shape)}, value {value[0]:.1f}, loss {loss:.2f}"
+
+
+def lookup() -> str:
+    """A layer that reads one-hots."""
+    latents = torch.nn.functional.one_hot(torch.randint(16, (4, 32)), 16).float().flatten(1)
+    out = ops.sparse_linear(latents, torch.randn(64, 512) / 6, torch.zeros(64))
+    return f"out {tuple(out.shape)}"
 
 
 def norm() -> str:
@@ -121,12 +131,13 @@ def norm() -> str:
 
 def images() -> str:
     """Stages of an encoder, one whole and one behind a convolution of your own; a decoder layer
-    that upsamples without upsampling; the squared error of its images from logits."""
+    that upsamples without upsampling, with a norm and alone; the squared error from logits."""
     pixels, bias, scale = torch.rand(2, 3, 32, 32), torch.zeros(8), torch.ones(8)
     first = ops.conv_pool_silu(pixels, torch.randn(8, 3, 5, 5) / 9, bias, scale)
     own = torch.nn.functional.conv2d(first, torch.randn(8, 8, 5, 5) / 14, padding=2)
     second = ops.pool_silu(own, bias, scale)
-    logits = ops.upsample_conv2d(first, torch.randn(3, 8, 5, 5) / 14).movedim(1, -1)
+    back = ops.upsample_conv2d_silu(second, torch.randn(8, 8, 5, 5) / 14, bias, scale)
+    logits = ops.upsample_conv2d(back, torch.randn(3, 8, 5, 5) / 14).movedim(1, -1)
     target = torch.randint(256, logits.shape, dtype=torch.uint8)
     loss = ops.image_loss(logits, target).mean()
     return f"stages {tuple(first.shape)}, {tuple(second.shape)}, loss {loss:.1f}"
@@ -172,6 +183,7 @@ def main() -> None:
         rssm,
         dense_gru,
         head,
+        lookup,
         norm,
         images,
         replay,
