@@ -5,8 +5,8 @@
 Every line adds a part to the line before; all take turns on one pool of environments with random
 actions. us: median wall time of a step of all environments; cpu: processor time of all threads,
 the least of all turns, which other programs hardly disturb; share: of the rate of `envpool.step`
-with the same number of threads. The line before it is `envpool.step` with as many threads as
-envpool chooses by itself.
+with the same number of threads. Where the adapter chooses that number, the line before it is
+`envpool.step` with as many threads as envpool starts by itself.
 """
 
 from __future__ import annotations
@@ -61,8 +61,11 @@ def parts(task: str, num_envs: int, folder: Path) -> dict[str, Callable[[np.ndar
     env = envs.make(task, num_envs)
     adapter = env.env
     pool, door, native = adapter._pool, adapter._door, adapter._act.batch
-    plain = envs.make(task, num_envs, num_threads=0).env._pool
-    plain.reset()
+    steps: dict[str, Callable] = {}
+    if pool.config["num_threads"]:  # the adapter's choice, for quick environments
+        plain = envs.make(task, num_envs, num_threads=0).env._pool
+        plain.reset()
+        steps["its own threads"] = lambda action: plain.step(native(action))
     loops = [
         Loop(env, task, folder / str(i), **{"log.every": every, "log.tensorboard": board})
         for i, (every, board) in enumerate([(10**9, False), (400, False), (400, True)])
@@ -79,8 +82,7 @@ def parts(task: str, num_envs: int, folder: Path) -> dict[str, Callable[[np.ndar
     def stored(action: np.ndarray) -> None:
         replay.add({**policy(action), "action": action})
 
-    return {
-        "its own threads": lambda action: plain.step(native(action)),
+    return steps | {
         "envpool.step": lambda action: pool.step(native(action)),
         "its compiled step": compiled,
         "+ rows": adapter.step,
