@@ -114,10 +114,14 @@ class LinearLogits:
         check_same_device(who, **tensors)
         self.x, self.weight, self.bias = x, weight, bias
         self._known: Tensor | None = None  # without gradient
+        self._tensor: Tensor | None = None
 
     def tensor(self) -> Tensor:  # (…, V)
-        """All of them, with gradient to x, weight and bias."""
-        return F.linear(self.x, self.weight, self.bias)
+        """All of them, with gradient to x, weight and bias; one product however often."""
+        if self._tensor is None:
+            with torch.enable_grad():  # a mean without gradient may ask first
+                self._tensor = F.linear(self.x, self.weight, self.bias)
+        return self._tensor if torch.is_grad_enabled() else self._tensor.detach()
 
     def fused(self) -> bool:
         """Whether the kernels take them."""
