@@ -181,3 +181,20 @@ def test_sparse_linear_refuses_what_does_not_fit():
         SparseLinear(weight, bias[:3])
     with pytest.raises(TypeError, match="sparse_linear: expected x"):
         sparse_linear(torch.zeros(2, 6).long(), weight, bias)
+
+
+@fused_only
+def test_opcheck_and_compile_of_layers_of_one_hots(close):
+    x, weight, bias = one_hots((6,), 3, 4), torch.randn(5, 12), torch.randn(5)
+    packed = raw.sparse_linear_pack(weight)
+    torch.library.opcheck(raw.sparse_linear_pack.default, (weight,))
+    torch.library.opcheck(raw.sparse_linear.default, (x, packed, bias))
+    torch.library.opcheck(raw.sparse_linear_backward.default, (torch.randn(6, 5), x))
+    compiled = torch.compile(sparse_linear, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, sparse_linear):
+        parts = [part.detach().requires_grad_() for part in (x, weight, bias)]
+        value = function(*parts)
+        results.append([value, *torch.autograd.grad(value.square().sum(), parts)])
+    for mine, eager in zip(*results, strict=True):
+        close(mine, eager)

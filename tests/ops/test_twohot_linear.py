@@ -13,6 +13,7 @@ from fastwm.ops import (
     twohot_mean_linear,
     twohot_mean_linear_ref,
 )
+from fastwm.ops._backend import raw
 
 # ---- the mean of a linear head
 
@@ -196,3 +197,23 @@ def test_linear_logits_refuse_what_does_not_fit():
         twohot_mean(ops.LinearLogits(x, weight, bias), torch.zeros(8))
     with pytest.raises(TypeError, match="LinearLogits: expected weight"):
         ops.LinearLogits(x, weight.long(), bias)
+
+
+@fused_only
+def test_opcheck_and_compile_of_the_loss_of_a_linear_head(close):
+    x, weight, bias, bins = head((3, 2), 7, 41)
+    target = ops.symexp(torch.randn(3, 2))
+    logits, _ = raw.twohot_linear(x, weight, bias, bins)
+    loss, exp_sum = raw.twohot_loss(logits, bins, target, None, 1.0, 1.0)
+    torch.library.opcheck(raw.twohot_linear.default, (x, weight, bias, bins))
+    for wants_x in (True, False):
+        args = (torch.ones_like(loss), exp_sum, logits, bins, target, None, 1.0, 1.0)
+        torch.library.opcheck(raw.twohot_linear_backward.default, (*args, x, weight, wants_x))
+    compiled = torch.compile(twohot_loss_linear, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, twohot_loss_linear):
+        parts = [part.detach().requires_grad_() for part in (x, weight, bias)]
+        value = function(*parts, target, bins)
+        results.append([value, *torch.autograd.grad(value.sum(), parts)])
+    for mine, eager in zip(*results, strict=True):
+        close(mine, eager)
