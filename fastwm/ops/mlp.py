@@ -228,11 +228,12 @@ def sparse_weight_grad(
     These are added up row by row where that is faster than a product. No gradient.
     """
     fits = grad_y.dtype == x.dtype == torch.float32 and one_hots >= SPARSE_INPUTS
+    # Turned: the library shares the wider side out among threads (16384 x 64 and 640: a sixth).
     if not fits or not available(x, "sparse_linear_backward"):
-        return grad_y.t() @ x
+        return (x.t() @ grad_y).t().contiguous()
     dense = x.shape[1] - one_hots
     grad = x.new_empty(grad_y.shape[1], x.shape[1])
-    torch.mm(grad_y.t(), x[:, :dense], out=grad[:, :dense])
+    grad[:, :dense] = (x[:, :dense].t() @ grad_y).t()
     grad[:, dense:] = raw.sparse_linear_backward(grad_y, x[:, dense:])
     return grad
 
