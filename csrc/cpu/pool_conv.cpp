@@ -309,7 +309,8 @@ FWM_INLINE void find_block(const PoolConv& a, const Desk& desk, int64_t at) {
   }
 #pragma omp simd
   for (int64_t i = 0; i < kBlock; ++i) {
-    inverse[i] = 1.0f / sqrtf(inverse[i] / static_cast<float>(n) + a.pool.n.eps);
+    const float mean = inverse[i] / static_cast<float>(n) + a.pool.n.eps;
+    inverse[i] = mean == 0.0f ? 0.0f : 1.0f / sqrtf(mean);  // lanes behind the last pixel, eps 0
   }
   for (int64_t u = 0; u < n; ++u) {
     const float *x = desk.seen + u * kBlock, scale = a.pool.scale[u];

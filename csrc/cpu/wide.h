@@ -14,34 +14,35 @@ struct WideBits {
 };
 constexpr int64_t kWide = 4 * kVec;
 
+// clang-format off
 #define FWM_FOUR(type, expression)                 \
   type y;                                          \
   for (int i = 0; i < 4; ++i) y.v[i] = expression; \
   return y;
-#define FWM_OPERATOR(op)                                                                        \
-  FWM_INLINE Wide operator op(Wide a, Wide b){FWM_FOUR(Wide, a.v[i] op b.v[i])} FWM_INLINE Wide \
-  operator op(Wide a, float b){FWM_FOUR(Wide, a.v[i] op b)} FWM_INLINE Wide                     \
-  operator op(float a, Wide b) {                                                                \
-    FWM_FOUR(Wide, a op b.v[i])                                                                 \
-  }
+#define FWM_OPERATOR(op)                                                             \
+  FWM_INLINE Wide operator op(Wide a, Wide b) { FWM_FOUR(Wide, a.v[i] op b.v[i]) }   \
+  FWM_INLINE Wide operator op(Wide a, float b) { FWM_FOUR(Wide, a.v[i] op b) }       \
+  FWM_INLINE Wide operator op(float a, Wide b) { FWM_FOUR(Wide, a op b.v[i]) }
 FWM_OPERATOR(+)
 FWM_OPERATOR(-)
 FWM_OPERATOR(*)
 FWM_OPERATOR(/)
 #undef FWM_OPERATOR
 
-FWM_INLINE Wide operator-(Wide a){FWM_FOUR(Wide, -a.v[i])} FWM_INLINE WideBits operator<(Wide a,
-                                                                                         float b){
-    FWM_FOUR(WideBits, a.v[i] < b)} FWM_INLINE Wide
-    choose(WideBits c, Wide a, Wide b){FWM_FOUR(Wide, c.v[i] ? a.v[i] : b.v[i])} FWM_INLINE Wide
-    choose(WideBits c, float a, Wide b){FWM_FOUR(Wide, c.v[i] ? a - Vec{} : b.v[i])} FWM_INLINE Wide
-    magnitude(Wide x){FWM_FOUR(Wide, (Vec)((Bits)x.v[i] & 0x7fffffff))}
-// |x| of a number that is not negative, with the sign of `like`.
-FWM_INLINE Wide signed_as(Wide x, Wide like){
-    FWM_FOUR(Wide, (Vec)((Bits)x.v[i] | ((Bits)like.v[i] & (int32_t)0x80000000)))}
+FWM_INLINE Wide operator-(Wide a) { FWM_FOUR(Wide, -a.v[i]) }
+FWM_INLINE WideBits operator<(Wide a, float b) { FWM_FOUR(WideBits, a.v[i] < b) }
+FWM_INLINE Wide choose(WideBits c, Wide a, Wide b) { FWM_FOUR(Wide, c.v[i] ? a.v[i] : b.v[i]) }
+FWM_INLINE Wide choose(WideBits c, float a, Wide b) { FWM_FOUR(Wide, c.v[i] ? a - Vec{} : b.v[i]) }
+FWM_INLINE Wide magnitude(Wide x) { FWM_FOUR(Wide, (Vec)((Bits)x.v[i] & 0x7fffffff)) }
+// x, which is not negative, with the sign of `like`
+FWM_INLINE Wide signed_as(Wide x, Wide like) {
+  FWM_FOUR(Wide, (Vec)((Bits)x.v[i] | ((Bits)like.v[i] & (int32_t)0x80000000)))
+}
 // 2^n from 1.5 * 2^23 + n
-FWM_INLINE Wide
-    power_of_two(Wide shifted){FWM_FOUR(Wide, (Vec)(((Bits)shifted.v[i] << 23) + 0x3f800000))}
+FWM_INLINE Wide power_of_two(Wide shifted) {
+  FWM_FOUR(Wide, (Vec)(((Bits)shifted.v[i] << 23) + 0x3f800000))
+}
+// clang-format on
 // Two vectors from each of two rows.
 FWM_INLINE Wide load2(const float* a, const float* b) {
   return {load(a), load(a + kVec), load(b), load(b + kVec)};

@@ -152,9 +152,12 @@ using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 py::object tally(const Array<float>& reward, const Array<bool>& first, const Array<bool>& last,
                  Array<double>& score, Array<std::int64_t>& length) {
   const std::int64_t n = score.size();
-  if (reward.size() != n || first.size() != n || last.size() != n || length.size() != n)
+  const std::int64_t sizes_seen[] = {reward.size(), first.size(), last.size(), length.size()};
+  for (const std::int64_t seen : sizes_seen) {
+    if (seen == n) continue;
     throw std::length_error("episodes: expected rows of " + std::to_string(n) +
-                            " environments, got " + std::to_string(reward.size()));
+                            " environments, got " + std::to_string(seen));
+  }
   std::vector<std::int64_t> ended(n);
   double* scores = score.mutable_data();
   std::int64_t* lengths = length.mutable_data();

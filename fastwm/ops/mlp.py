@@ -156,7 +156,7 @@ def sparse_linear(
 ) -> Tensor:  # (…, out)
     """x W^T + b where nearly all of x is zero, as in one-hots: adds up weights that it looks up.
 
-    Exact for any x, but slower than a product where most of it is not zero.
+    Right for any x and finite weights, but slower than a product where most of x is not zero.
 
     Args:
         x: (…, in). weight: (out, in). bias: (out,). float32 for the kernel.
@@ -168,7 +168,8 @@ def sparse_linear(
         F.linear(x, weight, bias)
     """
     _check_sparse(x, weight, bias)
-    if x.dtype != torch.float32 or not _fits_sparse(weight, bias):
+    low = torch.is_autocast_enabled(x.device.type)
+    if x.dtype != torch.float32 or low or not _fits_sparse(weight, bias):
         return F.linear(x, weight, bias)
     if wants_grad(x, weight, bias):
         return _SparseLinear.apply(x, weight, bias)
@@ -206,12 +207,13 @@ class SparseLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         _check_sparse(None, weight, bias)
-        self.weight, self.bias = weight.detach(), bias.detach()
+        self.weight, self.bias = weight.detach().clone(), bias.detach().clone()
         fits = _fits_sparse(weight, bias) and not torch.is_autocast_enabled(weight.device.type)
         self.packed = raw.sparse_linear_pack(self.weight) if fits else None
 
     def __call__(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
-        if self.packed is None:
+        check_shape("sparse_linear", "x", x, "(..., in)", (*x.shape[:-1], self.weight.shape[1]))
+        if self.packed is None or x.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         y = raw.sparse_linear(rows, self.packed, self.bias)

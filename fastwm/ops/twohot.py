@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastwm.ops._backend import available, operand, raw, register_fake, wants_grad
 from fastwm.ops._check import check_dtype, check_same_device, check_shape
+from fastwm.ops._twohot_linear import MAX_BINS, LinearLogits
 
 __all__ = [
     "LinearLogits",
@@ -31,7 +32,6 @@ __all__ = [
     "twohot_mean_ref",
 ]
 
-MAX_BINS = 1024  # more than that run on the reference
 BIN_LIMIT = 20.0  # the bins span symexp(-20) .. symexp(20), about +-4.85e8
 
 
@@ -88,63 +88,6 @@ def symlog_bins(n: int, device: torch.device | str | None = None) -> Tensor:  # 
         raise ValueError(f"symlog_bins: expected n >= 2, got {n}")
     line = torch.linspace(-BIN_LIMIT, BIN_LIMIT, n, dtype=torch.float64)
     return (0.5 * (line - line.flip(0))).to(torch.float32).to(device)
-
-
-class LinearLogits:
-    """The logits x W^T + b of a two-hot head, as `twohot_mean` and `twohot_loss` take them.
-
-    They are four times as wide as x. On a CPU a few rows of them at a time pass through product and
-    mean, and their gradient through both products of the backward pass: it is never written.
-    Elsewhere they are F.linear(x, weight, bias).
-
-    Args:
-        x: (…, U), the last hidden layer. weight: (V, U). bias: (V,). float32 for the kernels.
-    Raises:
-        ValueError: shapes that do not fit. TypeError: types or devices.
-    """
-
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-        who, tensors = "LinearLogits", {"x": x, "weight": weight, "bias": bias}
-        if x.dim() < 1:
-            raise ValueError(f"{who}: expected x of shape (..., U), got ()")
-        check_shape(who, "weight", weight, "(V, U)", (*weight.shape[:1], x.shape[-1]))
-        check_shape(who, "bias", bias, "(V,)", (weight.shape[0],))
-        for name, tensor in tensors.items():
-            check_dtype(who, name, tensor)
-        check_same_device(who, **tensors)
-        self.x, self.weight, self.bias = x, weight, bias
-        self._known: Tensor | None = None  # without gradient
-        self._tensor: Tensor | None = None
-
-    def tensor(self) -> Tensor:  # (…, V)
-        """All of them, with gradient to x, weight and bias; one product however often."""
-        if self._tensor is None:
-            with torch.enable_grad():  # a mean without gradient may ask first
-                self._tensor = F.linear(self.x, self.weight, self.bias)
-        return self._tensor if torch.is_grad_enabled() else self._tensor.detach()
-
-    def fused(self) -> bool:
-        """Whether the kernels take them."""
-        parts = self.x, self.weight, self.bias
-        narrow = all(part.dtype == torch.float32 for part in parts)
-        low = torch.is_autocast_enabled(self.x.device.type)
-        sizes = 1 <= self.weight.shape[0] <= MAX_BINS and self.weight.shape[1] >= 1
-        kernels = ("twohot_linear", "twohot_loss", "twohot_linear_backward")
-        return narrow and not low and sizes and all(available(self.x, name) for name in kernels)
-
-    def wants_grad(self) -> bool:
-        return wants_grad(self.x, self.weight, self.bias)
-
-    def mean(self, bins: Tensor) -> Tensor:  # (…)
-        """The mean over bins (V,), no gradient; keeps the logits for a loss that follows."""
-        parts = (part.detach() for part in (self.x, self.weight, self.bias))
-        self._known, mean = raw.twohot_linear(*parts, bins)
-        return mean
-
-    def known(self, bins: Tensor) -> Tensor:  # (…, V)
-        if self._known is None:
-            self.mean(bins)
-        return self._known
 
 
 def _as_pair(
@@ -257,6 +200,7 @@ def twohot_loss(
     targets, scale = _as_pair(target, weights)
     head = None
     if isinstance(logits, LinearLogits):
+        check_shape("twohot_loss", "bins", bins, "(V,)", tuple(logits.bias.shape))
         head = logits if logits.fused() and bins.dtype == torch.float32 else None
         logits = logits.tensor() if head is None else head.known(bins)
     _check_logits("twohot_loss", logits, bins)

@@ -3,7 +3,8 @@
 Each of the four output phases (row parity, column parity) of that pair sees only 3x3 distinct
 input pixels, so the pair equals one 3x3 convolution to four times the channels and a pixel
 shuffle: 2.8 times fewer multiplications, a quarter of the input bytes, the same result.
-This stem has no CPU file and no CUDA file: the convolution is the library's, on every device.
+On the CPU the phases share their products in a kernel of ours (docs/kernels.md). This stem has no
+CUDA file: there the convolution is the library's.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """The mlp stem: a stack of dense layers on packed weights."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -117,6 +119,16 @@ LAYERS = [((5,), 3, 4, 7), ((), 2, 3, 5), ((2, 70), 4, 8, 64), ((1,), 1, 1, 1), 
           ((130,), 6, 5, 33), ((3, 1), 2, 2, 321)]  # fmt: skip
 
 
+@contextlib.contextmanager
+def on_threads(count):
+    kept = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(kept)
+
+
 def one_hots(lead, groups, classes):
     index = torch.randint(0, classes, (*lead, groups))
     return torch.nn.functional.one_hot(index, classes).flatten(-2).float()
@@ -164,19 +176,30 @@ def test_sparse_linear_has_gradients(lead, groups, classes, out, variant, close)
 def test_gradient_of_a_weight_that_reads_one_hots(groups, classes, variant, close):
     x = torch.cat([torch.randn(150, 20), one_hots((150,), groups, classes)], 1)
     grad = torch.randn(150, 33)
-    found = [sparse_weight_grad(grad, x, groups * classes)]
-    kept = torch.get_num_threads()
-    torch.set_num_threads(3 - min(kept, 2))  # the same sums on one thread and on two
-    found.append(sparse_weight_grad(grad, x, groups * classes))
-    torch.set_num_threads(kept)
+    found = []
+    for threads in (1, 2):
+        with on_threads(threads):
+            found.append(sparse_weight_grad(grad, x, groups * classes))
     assert torch.equal(found[0][:, 20:], found[1][:, 20:]) or variant == "reference"
     close(found[0], grad.double().t() @ x.double())
+    compiled = torch.compile(sparse_weight_grad, fullgraph=True, backend="aot_eager")
+    close(compiled(grad, x, groups * classes), found[0])
+
+
+def test_sparse_linear_under_autocast_is_the_product(variant):
+    parts = [t.requires_grad_() for t in (one_hots((6,), 3, 4), torch.randn(5, 12), torch.randn(5))]
+    with torch.autocast("cpu", torch.bfloat16):
+        low = sparse_linear(*parts)
+    assert low.dtype == torch.bfloat16
+    torch.autograd.grad(low.float().sum(), parts)
 
 
 def test_sparse_linear_refuses_what_does_not_fit():
     weight, bias = torch.randn(4, 6), torch.randn(4)
     with pytest.raises(ValueError, match=r"sparse_linear: expected x of shape \(..., in\)"):
         sparse_linear(torch.zeros(2, 5), weight, bias)
+    with pytest.raises(ValueError, match=r"sparse_linear: expected x of shape \(..., in\)"):
+        SparseLinear(weight, bias)(torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"sparse_linear: expected bias of shape \(out,\)"):
         SparseLinear(weight, bias[:3])
     with pytest.raises(TypeError, match="sparse_linear: expected x"):
