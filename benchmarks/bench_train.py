@@ -163,10 +163,12 @@ def split_update(agent: DreamerAgent, replay: Replay, clock: Stopwatch) -> None:
 
 
 KINDS_OF_WORK = {  # what a profiler's name is called in the table; the first that fits
-    "library products": r"aten::(addmm|mm|bmm|addbmm|baddbmm)|mkldnn::_linear",
+    "library products": r"aten::(addmm_?|mm|bmm|addbmm|baddbmm)$|mkldnn::_linear",
     "library convolutions": r"aten::(mkldnn_|cudnn_)?convolution",
     "sequence and rollout": r"fastwm::(rssm_|gru_)",
-    "convolution's gradient": r"fastwm::pool_conv",
+    "encoder's stages": r"fastwm::pool_conv",
+    "decoder's layers": r"fastwm::upsample_",
+    "two-hot heads, one-hots": r"fastwm::(twohot_\w*linear|sparse_linear)",
     "losses, norms, samples": r"fastwm::(?!laprop|adam|ema)",
     "optimizer": r"fastwm::(laprop|adam|ema)",
     "copies and zeros": r"aten::(copy_|cat|fill_|zero_|clone|pixel_)",
