@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/mlp.h"
+#include "ranges.h"
 #include "rows.h"
 
 namespace fastwm {
@@ -129,25 +130,17 @@ Tensor sparse_linear_backward_cpu(Tensor grad_y, Tensor x) {
   const int64_t inputs = x.size(1);
   const Tensor input = rows < 2 || x.stride(1) != 1 ? dense(x) : x;
   const SparseLinearGrad args{inputs, outputs, ptr(input), ptr(grad), input.stride(0)};
-  // Ranges that do not depend on the number of threads, added in order.
-  const int64_t range = std::max<int64_t>(kSparseGroup, (rows + 15) / 16);
-  const int64_t ranges = std::max<int64_t>(1, (rows + range - 1) / range);
+  const Ranges ranges(rows, kSparseGroup);
   const int64_t floats = sparse_packed_floats(inputs, outputs), space = sparse_workspace(inputs);
-  Tensor parts = allocate(x, {ranges, floats + space});
-  float* memory = mutable_ptr(parts);
-  parallel(ranges, range * outputs, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      float* part = memory + i * (floats + space);
-      std::fill(part, part + floats, 0.0f);
-      sparse_backward(args, part + floats, part, i * range, std::min(rows, (i + 1) * range));
-    }
+  Tensor sums = allocate(x, {ranges.count, floats}), scratch = allocate(x, {ranges.count, space});
+  float *parts = mutable_ptr(sums), *memory = mutable_ptr(scratch);
+  ranges.run(rows, outputs, [&](int64_t i, int64_t begin, int64_t end) {
+    float* part = parts + i * floats;
+    std::fill(part, part + floats, 0.0f);
+    sparse_backward(args, memory + i * space, part, begin, end);
   });
-  for (int64_t i = 1; i < ranges; ++i) {
-    const float* part = memory + i * (floats + space);
-    for (int64_t k = 0; k < floats; ++k) memory[k] += part[k];
-  }
   Tensor grad_weight = allocate(x, {outputs, inputs});
-  sparse_unpack(memory, inputs, outputs, mutable_ptr(grad_weight));
+  sparse_unpack(total(parts, ranges, floats), inputs, outputs, mutable_ptr(grad_weight));
   return grad_weight;
 }
 

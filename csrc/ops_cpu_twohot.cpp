@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "cpu/twohot.h"
+#include "ranges.h"
 #include "rows.h"
 
 namespace fastwm {
@@ -172,29 +173,22 @@ std::tuple<Tensor, Tensor, Tensor> twohot_linear_backward_cpu(
   Tensor packed = allocate(x, {twohot_linear_packed_floats(inputs, count)});
   TwohotLinearGrad args{a.args, ptr(input), ptr(w), inputs, mutable_ptr(packed)};
   twohot_linear_grad_pack(args);
-  // As in rms_silu_backward: ranges that do not depend on the number of threads, added in order.
-  const int64_t range = std::max<int64_t>(kMostRows, (total + 15) / 16);
-  const int64_t ranges = std::max<int64_t>(1, (total + range - 1) / range);
+  const Ranges ranges(total, kMostRows);
   const int64_t width = count * (inputs + 1), space = twohot_linear_workspace(args);
   Tensor grad_x = allocate(x, wants_x ? sizes : std::vector<int64_t>{0});
   Tensor grad_kernel = allocate(x, {count, inputs}), grad_bias = allocate(x, {count});
-  Tensor parts = allocate(x, {ranges, width + space});
-  float *out = wants_x ? mutable_ptr(grad_x) : nullptr, *memory = mutable_ptr(parts);
-  parallel(ranges, 8 * range * count, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      float* part = memory + i * (width + space);
-      std::fill(part, part + width, 0.0f);
-      twohot_linear_backward(args, part + width, out, part, part + count * inputs, i * range,
-                             std::min(total, (i + 1) * range));
-    }
+  Tensor sums_of_ranges = allocate(x, {ranges.count, width});
+  Tensor scratch = allocate(x, {ranges.count, space});
+  float* out = wants_x ? mutable_ptr(grad_x) : nullptr;
+  float *parts = mutable_ptr(sums_of_ranges), *memory = mutable_ptr(scratch);
+  ranges.run(total, 8 * count, [&](int64_t i, int64_t begin, int64_t end) {
+    float* part = parts + i * width;
+    std::fill(part, part + width, 0.0f);
+    twohot_linear_backward(args, memory + i * space, out, part, part + count * inputs, begin, end);
   });
-  float *to_kernel = mutable_ptr(grad_kernel), *to_bias = mutable_ptr(grad_bias);
-  for (int64_t i = 0; i < ranges; ++i) {
-    const float* part = memory + i * (width + space);
-    for (int64_t k = 0; k < count * inputs; ++k) to_kernel[k] = (i ? to_kernel[k] : 0.0f) + part[k];
-    part += count * inputs;
-    for (int64_t k = 0; k < count; ++k) to_bias[k] = (i ? to_bias[k] : 0.0f) + part[k];
-  }
+  const float* sum = fastwm::total(parts, ranges, width);
+  std::copy(sum, sum + count * inputs, mutable_ptr(grad_kernel));
+  std::copy(sum + count * inputs, sum + width, mutable_ptr(grad_bias));
   return {grad_x, grad_kernel, grad_bias};
 }
 

@@ -1,6 +1,6 @@
-// Sums over images that do not depend on the number of threads: the images are cut into ranges,
-// each with sums of its own, and those are added in order. Two runs are equal bit by bit on any
-// machine.
+// Sums over rows that do not depend on the number of threads: the rows (or images) are cut into
+// ranges, each with sums of its own, and those are added in order. Two runs are equal bit by bit on
+// any machine.
 #pragma once
 
 #include "tensor.h"
@@ -9,14 +9,14 @@ namespace fastwm {
 
 struct Ranges {
   int64_t length, count;
-  explicit Ranges(int64_t images, int64_t least = 1)  // images of a range, if there are so many
-      : length(std::max<int64_t>(least, (images + 15) / 16)),
-        count(std::max<int64_t>(1, (images + length - 1) / length)) {}
+  explicit Ranges(int64_t rows, int64_t least = 1)  // rows of a range, if there are so many
+      : length(std::max<int64_t>(least, (rows + 15) / 16)),
+        count(std::max<int64_t>(1, (rows + length - 1) / length)) {}
 
   template <class F>
-  void run(int64_t images, int64_t cost, const F& f) const {
+  void run(int64_t rows, int64_t cost, const F& f) const {
     parallel(count, cost * length, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(i, i * length, std::min(images, (i + 1) * length));
+      for (int64_t i = begin; i < end; ++i) f(i, i * length, std::min(rows, (i + 1) * length));
     });
   }
 };
