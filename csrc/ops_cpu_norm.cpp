@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "cpu/norm.h"
+#include "ranges.h"
 #include "rows.h"
 
 namespace fastwm {
@@ -33,24 +34,16 @@ std::tuple<Tensor, Tensor> rms_silu_backward_cpu(Tensor grad_y, Tensor x, Tensor
   const Tensor gain = rows_arg(op, "scale", scale, x, "(U,)", {features});
   const Tensor grad = rows_arg(op, "grad_y", grad_y, x, "(..., U)", sizes_of(x));
 
-  // The rows are cut into ranges that do not depend on the number of threads, and their sums are
-  // added in order: two runs are equal bit by bit on any machine.
-  const int64_t range = std::max<int64_t>(32, (rows + 15) / 16);
-  const int64_t ranges = std::max<int64_t>(1, (rows + range - 1) / range);
-  Tensor grad_x = allocate(x, sizes_of(x)), sums = allocate(x, {ranges, features});
+  const Ranges ranges(rows, 32);
+  Tensor grad_x = allocate(x, sizes_of(x)), sums = allocate(x, {ranges.count, features});
   Tensor grad_scale = allocate(x, {features});
   const RmsSilu args{ptr(input), ptr(gain), ptr(grad), features, static_cast<float>(eps)};
-  float *out = mutable_ptr(grad_x), *parts = mutable_ptr(sums), *total = mutable_ptr(grad_scale);
-  parallel(ranges, 8 * range * features, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      rms_silu_backward(args, out, parts + i * features, i * range,
-                        std::min(rows, (i + 1) * range));
-    }
+  float *out = mutable_ptr(grad_x), *parts = mutable_ptr(sums);
+  ranges.run(rows, 8 * features, [&](int64_t i, int64_t begin, int64_t end) {
+    rms_silu_backward(args, out, parts + i * features, begin, end);
   });
-  for (int64_t u = 0; u < features; ++u) total[u] = parts[u];
-  for (int64_t i = 1; i < ranges; ++i) {
-    for (int64_t u = 0; u < features; ++u) total[u] += parts[i * features + u];
-  }
+  const float* sum = total(parts, ranges, features);
+  std::copy(sum, sum + features, mutable_ptr(grad_scale));
   return {grad_x, grad_scale};
 }
 
